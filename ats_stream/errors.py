@@ -1,0 +1,68 @@
+"""The errors of ats-stream, and the exit code that each stands for on the command line.
+
+Every error a caller can act on derives from :class:`AtsStreamError` and from the builtin that a caller
+would expect (``ValueError``, ``FileNotFoundError``, ``OSError``), so both spellings of ``except`` work. All
+of them survive pickling, because they travel between Ray processes.
+"""
+
+from __future__ import annotations
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class AtsStreamError(Exception):
+    """Base of all errors raised on purpose by this package; one line tells what came and what was expected."""
+
+    exit_code: int = EXIT_FAILED
+
+
+class InputError(AtsStreamError, ValueError):
+    """What the caller gave cannot be used."""
+
+    exit_code = EXIT_USAGE
+
+
+class MissingFileError(AtsStreamError, FileNotFoundError):
+    """A file or folder that the caller named does not exist."""
+
+    exit_code = EXIT_USAGE
+
+
+class TargetExistsError(AtsStreamError, FileExistsError):
+    """An output would overwrite something that exists."""
+
+    exit_code = EXIT_USAGE
+
+
+class SlideError(InputError):
+    """One slide or pyramid cannot be read: names the slide and the reason.
+
+    >>> str(SlideError("a.svs", "truncated at byte 512"))
+    'a.svs: truncated at byte 512'
+    """
+
+    def __init__(self, slide: str, reason: str) -> None:
+        super().__init__(slide, reason)
+        self.slide = slide
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.slide}: {self.reason}"
+
+
+class ArchiveError(InputError):
+    """An archive table misses a column, a value or a file."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is absent, broken, or belongs to another configuration."""
+
+
+class StorageError(AtsStreamError, OSError):
+    """Reading or writing failed: disk full, permission, connection."""
+
+
+class ClusterError(AtsStreamError, RuntimeError):
+    """The Ray cluster cannot run what was asked (too few CPUs, no GPU, a worker that keeps dying)."""
