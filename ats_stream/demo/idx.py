@@ -1,7 +1,7 @@
 """Reading the IDX files of MNIST: a magic number, big-endian sizes, then the bytes themselves.
 
-The format is described on the MNIST page of LeCun, Cortes and Burges: two zero bytes, a type byte (8 is uint8), the
-number of dimensions, one 32-bit size each, data in C order.
+The format is described on the MNIST page of LeCun, Cortes and Burges: two zero bytes, a type byte (8 is
+uint8), the number of dimensions, one 32-bit size each, data in C order.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ import gzip
 import math
 import struct
 import zlib
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ats_stream.errors import InputError, MissingFileError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 _MAX_BYTES = 1 << 30  # 1 GiB, far above any MNIST-like set; a broken size must not exhaust memory
 
 
 def read(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
-    """Read one IDX file of uint8, gzip-compressed when its name ends in .gz, as an array of `num_dims` dimensions.
+    """Read one IDX file of uint8 in `num_dims` dimensions, gzip-compressed when its name ends in .gz.
 
-    Raises MissingFileError when there is no such file and InputError when it is not a whole file of that kind.
+    Raises MissingFileError when there is no such file, InputError when it is not a whole file of that kind.
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file")
