@@ -11,7 +11,7 @@ from ats_stream.errors import StorageError
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` through a temporary file beside it: readers see the old file or the whole new one.
+    """Write `data` to `path` through a temporary file beside it: readers see the old file or the new one.
 
     Missing parent folders are made. Raises StorageError, and leaves no temporary file, when the disk refuses.
     """

@@ -125,7 +125,7 @@ def fetch_digits(
         images, labels = _digits_from_csv(path)
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max(initial=0) > 9:
         raise InputError(
-            f"{path}: images {images.shape} and labels {labels.shape}, expected (n, 28, 28) and (n,) of 0 to 9"
+            f"{path}: images {images.shape} and labels {labels.shape}, expected (n, 28, 28) and (n,) below 10"
         )
     return images, labels
 

@@ -36,7 +36,7 @@ def read(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
             return _parse(cast("BinaryIO", stream), num_dims)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise InputError(
-            f"{path}: not a whole IDX file of uint8 in {num_dims} dimensions: {error}"
+            f"{path}: not a whole {num_dims}-D IDX file of uint8: {error}"
         ) from error
 
 
