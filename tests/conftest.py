@@ -43,6 +43,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the torture runs out, unless a marker expression asks for a choice of its own."""
+    if config.option.markexpr:
+        return
+    torture = [item for item in items if item.get_closest_marker("torture")]
+    if torture:
+        config.hook.pytest_deselected(items=torture)
+        items[:] = [item for item in items if not item.get_closest_marker("torture")]
+
+
 def _test_data() -> Path | None:
     value = os.environ.get(TEST_DATA_VARIABLE)
     if not value:

@@ -1,0 +1,70 @@
+# make setup   a virtual environment in .venv with everything a developer needs
+# make demo    the whole system on real data, on this machine   (DEMO_ARGS=...)
+# make test    the test suite, as continuous integration runs it
+# make torture long kill, fuzz and scale runs
+# make lint    ruff, format check, mypy
+# make clean   remove caches and the output of the demo
+#
+# PYTHON=...   the interpreter to build .venv with; default: the first one found that is 3.11 or newer
+# PIP_ARGS=... further arguments of pip install; for the much smaller torch without CUDA:
+#              PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14
+IS_NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
+
+PYTHON ?=
+PIP_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: help setup demo test torture lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=""; \
+	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
+	  if "$$candidate" -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "setup: no Python 3.11 or newer among: $(or $(PYTHON),$(CANDIDATES)); give one with PYTHON=..." >&2; exit 2; \
+	fi; \
+	if [ ! -x $(BIN)/python ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "setup: making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+	    "$$python" -m venv --clear --without-pip $(VENV); \
+	    "$$python" -m pip --quiet --quiet --python $(BIN)/python install pip; }; \
+	fi
+	@echo "setup: installing the packages of constraints.txt (minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
+	  --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+	@echo "setup: done"
+
+demo: setup
+	@$(BIN)/ats-stream demo $(DEMO_ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -q
+
+torture: setup
+	@$(BIN)/python -m pytest -q -m torture
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	@rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
