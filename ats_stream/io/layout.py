@@ -1,0 +1,161 @@
+"""The ``zarr.json`` of a zarr v3 array: building it, and parsing what the fast reader needs. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ats_stream.io.codecs import ChunkDecoder, parse_codecs
+
+DTYPES = frozenset(
+    {
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+    }
+)
+INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """How the chunks of an array lie in files; without sharding ``shard_shape`` equals ``chunk_shape``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+    is_sharded: bool
+    index_has_crc: bool
+    index_at_end: bool
+    fill_value: Any
+    decoder: ChunkDecoder
+    key_prefix: str
+    key_separator: str
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Chunks per shard along each axis."""
+        return tuple(s // c for s, c in zip(self.shard_shape, self.chunk_shape, strict=True))
+
+    def key(self, shard: Sequence[int]) -> str:
+        """Path of a shard (or of a chunk of an array without shards) relative to the array's folder."""
+        return self.key_prefix + self.key_separator.join(str(int(i)) for i in shard)
+
+
+def build_array_json(
+    *,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    chunk_shape: Sequence[int],
+    shard_shape: Sequence[int],
+    fill_value: float,
+    codec: str,
+    codec_level: int,
+    dimension_names: Sequence[str],
+) -> dict[str, Any]:
+    """Metadata of a sharded array; ``codec`` is ``zstd`` or ``raw``."""
+    inner: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if codec == "zstd":
+        inner.append({"name": "zstd", "configuration": {"level": codec_level, "checksum": False}})
+    sharding = {
+        "chunk_shape": list(chunk_shape),
+        "codecs": inner,
+        "index_codecs": INDEX_CODECS,
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard_shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": list(dimension_names),
+        "attributes": {},
+    }
+
+
+def parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
+    """The layout of a zarr v3 array, ``None`` when it needs zarr-python; ValueError when the metadata are broken."""
+    try:
+        return _parse_array_json(meta)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"broken array metadata: {type(error).__name__}: {error}") from error
+
+
+def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
+    if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
+        raise ValueError("not a zarr v3 array")
+    shape = tuple(int(n) for n in meta["shape"])
+    codecs = list(meta["codecs"])
+    if (
+        meta["data_type"] not in DTYPES
+        or meta["chunk_grid"]["name"] != "regular"
+        or meta.get("storage_transformers")
+    ):
+        return None
+    dtype = np.dtype(meta["data_type"])
+    shard_shape = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+    chunk_shape, has_crc, at_end, is_sharded = shard_shape, True, True, False
+    if [c["name"] for c in codecs] == ["sharding_indexed"]:
+        config = codecs[0]["configuration"]
+        chunk_shape = tuple(int(n) for n in config["chunk_shape"])
+        index_names = [c["name"] for c in config["index_codecs"]]
+        if index_names not in (["bytes", "crc32c"], ["bytes"]):
+            return None
+        is_sharded, has_crc = True, index_names[-1] == "crc32c"
+        at_end = config.get("index_location", "end") == "end"
+        codecs = list(config["codecs"])
+    if not len(shape) == len(shard_shape) == len(chunk_shape) or min((*shape, *chunk_shape), default=0) < 1:
+        raise ValueError(f"shape {shape}, shards {shard_shape}, chunks {chunk_shape}")
+    if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True)):
+        raise ValueError(f"shards {shard_shape} are no multiples of chunks {chunk_shape}")
+    decoder = parse_codecs(codecs, chunk_shape, dtype)
+    encoding = meta["chunk_key_encoding"]
+    is_default = encoding["name"] == "default"
+    if decoder is None or encoding["name"] not in {"default", "v2"}:
+        return None
+    separator = (encoding.get("configuration") or {}).get("separator", "/" if is_default else ".")
+    return ArrayLayout(
+        shape=shape,
+        dtype=dtype,
+        chunk_shape=chunk_shape,
+        shard_shape=shard_shape,
+        is_sharded=is_sharded,
+        index_has_crc=has_crc,
+        index_at_end=at_end,
+        fill_value=_fill_value(meta.get("fill_value", 0), dtype),
+        decoder=decoder,
+        key_prefix="c" + separator if is_default else "",
+        key_separator=separator,
+    )
+
+
+def _fill_value(value: Any, dtype: np.dtype[Any]) -> Any:
+    """Floats may come as 'NaN', 'Infinity', '-Infinity' or the hexadecimal bits."""
+    if isinstance(value, str):
+        if value.startswith("0x"):
+            return np.array(int(value, 16), dtype=f"u{dtype.itemsize}").view(dtype)[()]
+        value = float(value.replace("Infinity", "inf"))
+    return np.asarray(value).astype(dtype)[()]
+
+
+def grid_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
+    """Number of blocks along each axis that cover ``shape``."""
+    return tuple(math.ceil(n / b) for n, b in zip(shape, block, strict=True))

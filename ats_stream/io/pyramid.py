@@ -1,0 +1,302 @@
+"""Reading pyramids: whole levels, boxes, patches, thumbnails, label images.
+
+Shape letters: N patches, C channels, D space axes; ``*space`` are the sampled axes: y x, z y x, t y x or t z y x.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ats_stream.errors import InputError, SlideError
+from ats_stream.io.fetch import ChunkCache, ReadStats, read_plan
+from ats_stream.io.ngff import Channel
+from ats_stream.io.plan import plan_patches
+from ats_stream.io.reduce import shrink
+from ats_stream.io.sources import ChunkError, ChunkSource
+
+Array = npt.NDArray[Any]
+# pixels of a level that a thumbnail holds at once
+THUMBNAIL_STRIP_PX = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One resolution of a pyramid; usable as an index, so ``pyramid.levels[level]`` is the level itself."""
+
+    index: int
+    shape: tuple[int, ...]
+    """(C, *space)."""
+    dtype: np.dtype[Any]
+    downsample: tuple[float, ...]
+    """Pixels of level 0 per pixel of this level, per space axis."""
+    pixel_size_um: tuple[float, ...] | None
+    """Per space axis; None when unknown, NaN along time."""
+    chunk_shape: tuple[int, ...]
+
+    def __index__(self) -> int:
+        return self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidInfo:
+    """What a pyramid is, apart from its pixels."""
+
+    slide: str
+    name: str
+    axes: tuple[str, ...]
+    channels: tuple[Channel, ...]
+    levels: tuple[Level, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[tuple[str, str], ...] = ()
+    """(name, place) of each label image."""
+
+
+class Pyramid:
+    """A multi-resolution image, opened by :func:`ats_stream.io.open_pyramid`.
+
+    Pickling carries the description, not open files or caches, so a copy in another process reads on its own. Reads may
+    run in several threads at once.
+    """
+
+    def __init__(
+        self,
+        info: PyramidInfo,
+        sources: Sequence[ChunkSource],
+        *,
+        cache_bytes: int = 0,
+        num_threads: int | None = None,
+    ) -> None:
+        self._info, self._sources = info, tuple(sources)
+        self._cache_bytes = cache_bytes
+        self._num_threads = num_threads or min(4, os.cpu_count() or 1)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._cache = ChunkCache(self._cache_bytes) if self._cache_bytes > 0 else None
+        self._lock = threading.Lock()
+        self._stats = [ReadStats() for _ in self._sources]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in {"_cache", "_lock", "_stats"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __repr__(self) -> str:
+        top = self.levels[0]
+        return f"<Pyramid {self._info.slide} {top.dtype} {top.shape}, {len(self.levels)} levels>"
+
+    @property
+    def slide(self) -> str:
+        """Where the pyramid was opened from, as errors name it."""
+        return self._info.slide
+
+    @property
+    def name(self) -> str:
+        """Name of the image."""
+        return self._info.name
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """All levels, finest first."""
+        return self._info.levels
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of every level, ``c`` first."""
+        return self._info.axes
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """Names and colours of the channels; empty when the store says nothing."""
+        return self._info.channels
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the converter kept of the slide's own metadata."""
+        return self._info.metadata
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the label images, such as ``tissue``."""
+        return tuple(name for name, _ in self._info.labels)
+
+    def label(self, name: str) -> Pyramid:
+        """Open one of the label images as a pyramid of one integer channel; InputError for an unknown name."""
+        from ats_stream.io.opening import open_pyramid
+
+        places = dict(self._info.labels)
+        if name not in places:
+            raise InputError(f"{self.slide}: no label {name!r}, there are {sorted(places)}")
+        return open_pyramid(places[name], cache_bytes=self._cache_bytes)
+
+    def level_for(self, *, downsample: float | None = None, pixel_size_um: float | None = None) -> Level:
+        """The level nearest (in ratio) to a downsampling factor or to a pixel size in micrometres; give one of them."""
+        if (downsample is None) == (pixel_size_um is None):
+            raise InputError("level_for needs either downsample or pixel_size_um")
+        wanted = downsample if downsample is not None else pixel_size_um
+        if wanted is None or not 0 < wanted < math.inf:
+            raise InputError(f"downsample or pixel_size_um must be positive, got {wanted}")
+
+        def value(level: Level) -> float:
+            if downsample is not None:
+                return math.prod(level.downsample[-2:]) ** (1 / len(level.downsample[-2:]))
+            if level.pixel_size_um is None:
+                raise InputError(
+                    f"{self.slide}: its pixel size is unknown, so no level can be chosen by pixel_size_um"
+                )
+            return math.prod(level.pixel_size_um[-2:]) ** (1 / len(level.pixel_size_um[-2:]))
+
+        return min(self.levels, key=lambda level: (abs(math.log(value(level) / wanted)), level.index))
+
+    def read(
+        self, level: int | Level, start: Sequence[int] | None = None, stop: Sequence[int] | None = None
+    ) -> Array:
+        """Read a box (all of the level by default); ``start`` and ``stop`` are over (C, *space), inside the level."""
+        target = self._level(level)
+        first = tuple(int(v) for v in start) if start is not None else (0,) * len(target.shape)
+        last = tuple(int(v) for v in stop) if stop is not None else target.shape
+        fits = len(first) == len(last) == len(target.shape) and all(
+            0 <= a <= b <= n for a, b, n in zip(first, last, target.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"{self.slide}: box {first} to {last} does not lie in level {target.index} {target.shape}"
+            )
+        size = tuple(b - a for a, b in zip(first, last, strict=True))
+        out = np.empty((1, *size), target.dtype)
+        if out.size:
+            self._read_into(target, np.array([first]), size, 0, out)
+        return out[0]
+
+    def read_patches(
+        self,
+        level: int | Level,
+        offsets_ND: npt.ArrayLike,
+        size_D: Sequence[int],
+        *,
+        fill: float = 0,
+        out: Array | None = None,
+    ) -> Array:
+        """Read N patches of one size: (N, C, *size) in the level's dtype.
+
+        ``offsets_ND`` are the first pixels of the patches in pixels of that level, integers; they may be negative or reach
+        past the edge, what lies outside is ``fill``. Every chunk is fetched and decoded once per call. ``out``, if given,
+        is filled and returned. Raises SlideError when the store is damaged, InputError for arguments that do not fit.
+        """
+        target = self._level(level)
+        offsets = np.asarray(offsets_ND)
+        size = tuple(int(s) for s in size_D)
+        num_space = len(target.shape) - 1
+        if offsets.size == 0:
+            offsets = np.zeros((0, num_space), np.int64)
+        if offsets.ndim != 2 or offsets.shape[1] != num_space or offsets.dtype.kind not in "iu":
+            raise InputError(
+                f"offsets must be integers (N, {num_space}), got {offsets.dtype} {offsets.shape}"
+            )
+        if len(size) != num_space or min(size) < 1:
+            raise InputError(f"size must be {num_space} positive numbers, got {size}")
+        shape = (len(offsets), target.shape[0], *size)
+        if out is None:
+            out = np.empty(shape, target.dtype)
+        elif out.shape != shape or out.dtype != target.dtype:
+            raise InputError(f"out must be {target.dtype} {shape}, got {out.dtype} {out.shape}")
+        with_channel = np.zeros((len(offsets), num_space + 1), np.int64)
+        with_channel[:, 1:] = offsets
+        self._read_into(target, with_channel, shape[1:], fill, out)
+        return out
+
+    def _level(self, level: int | Level) -> Level:
+        index = level.__index__()
+        if not -len(self.levels) <= index < len(self.levels):
+            raise InputError(f"{self.slide}: no level {index}, there are {len(self.levels)}")
+        return self.levels[index]
+
+    def _read_into(
+        self, level: Level, offsets: npt.NDArray[np.int64], size: Sequence[int], fill: float, out: Array
+    ) -> None:
+        source = self._sources[level.index]
+        plan = plan_patches(source.shape, source.chunk_shape, source.shard_shape, offsets, size)
+        if plan.outside_N.any():
+            out[plan.outside_N] = fill
+        try:
+            stats = read_plan(
+                source, plan, out, level=level.index, cache=self._cache, num_threads=self._num_threads
+            )
+        except ChunkError as error:
+            raise SlideError(self.slide, f"level {level.index}: {error}") from error
+        with self._lock:
+            self._stats[level.index] += stats
+
+    def read_stats(self, level: int | Level) -> ReadStats:
+        """What was read from a level since the pyramid was opened in this process; the counts only grow."""
+        with self._lock:
+            return self._stats[self._level(level).index]
+
+    def thumbnail(self, max_px: int) -> Array:
+        """The whole image as (C, y, x) no larger than ``max_px`` on its longer side, by means of whole blocks.
+
+        Of other space axes the middle plane is taken. Memory is bounded by the result and one strip of pixels.
+        """
+        if max_px < 1:
+            raise InputError(f"max_px must be positive, got {max_px}")
+        level = next((v for v in reversed(self.levels) if max(v.shape[-2:]) >= max_px), self.levels[0])
+        middle = tuple(n // 2 for n in level.shape[1:-2])
+        height, width = level.shape[-2:]
+        factor = math.ceil(max(height, width) / max_px)
+        rows = max(1, THUMBNAIL_STRIP_PX // (width * factor)) * factor
+        strips = []
+        for y in range(0, height, rows):
+            stop = (level.shape[0], *(m + 1 for m in middle), min(y + rows, height), width)
+            strip = self.read(level, (0, *middle, y, 0), stop)
+            strips.append(shrink(strip.reshape(level.shape[0], -1, width), factor))
+        return np.concatenate(strips, axis=1)
+
+    def dask(self, level: int | Level) -> Any:
+        """A lazy dask array of a level; its blocks are whole chunks, about 16 MiB each."""
+        import dask.array
+
+        target = self._level(level)
+        chunk = target.chunk_shape
+        scale = max(1, round((16e6 / (math.prod(chunk) * target.dtype.itemsize)) ** (1 / (len(chunk) - 1))))
+        blocks = (chunk[0], *(min(c * scale, n) for c, n in zip(chunk[1:], target.shape[1:], strict=True)))
+        return dask.array.from_array(
+            _LazyLevel(self, target), chunks=blocks, name=False, meta=np.empty(0, target.dtype)
+        )
+
+
+class _LazyLevel:
+    """What dask slices: one level as a read-only array."""
+
+    def __init__(self, pyramid: Pyramid, level: Level) -> None:
+        self.pyramid, self.level = pyramid, level
+        self.shape, self.dtype, self.ndim = level.shape, level.dtype, len(level.shape)
+
+    def __getitem__(self, key: tuple[slice, ...]) -> Array:
+        bounds = [s.indices(n) for s, n in zip(key, self.shape, strict=True)]
+        box = self.pyramid.read(self.level, [b[0] for b in bounds], [max(b[0], b[1]) for b in bounds])
+        return box[tuple(slice(None, None, b[2]) for b in bounds)]
+
+
+def read_batch(
+    requests: Sequence[tuple[Pyramid, int | Level, npt.ArrayLike]], size_D: Sequence[int], *, fill: float = 0
+) -> Array:
+    """Patches of several pyramids, one request after another: (sum of N, C, *size); dtypes and channels must agree."""
+    if not requests:
+        raise InputError("read_batch needs at least one request")
+    patches = [
+        pyramid.read_patches(level, offsets, size_D, fill=fill) for pyramid, level, offsets in requests
+    ]
+    kinds = {(p.dtype.name, p.shape[1]) for p in patches}
+    if len(kinds) > 1:
+        raise InputError(f"read_batch spans images of different dtype and channels: {sorted(kinds)}")
+    return np.concatenate(patches)
