@@ -27,7 +27,7 @@ DEMO_ARGS ?=
 .PHONY: help setup demo test torture lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
