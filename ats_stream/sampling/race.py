@@ -1,0 +1,208 @@
+"""The exponential race: who arrives first, over maps of any size, in pieces of any kind.
+
+Position i with weight w_i = e^{logit_i} arrives at time E_i / w_i, E_i a unit exponential of its own. The
+order of arrival is a draw without replacement from softmax(logits) (the Plackett-Luce law; Efraimidis &
+Spirakis 2006; the Gumbel-top-k trick in other words). Times are kept as logarithms,
+
+    key_i = log E_i - logit_i        E_i = -log(1 - u_i)        smallest first, ties to the lower index
+
+so no normaliser is needed and tiles of a map merge exactly.
+
+Shapes: B rows, M positions, P positions of one block, K arrivals kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ats_stream.sampling.logarithm import log, minus_log1m
+from ats_stream.sampling.philox import Noise, unit_from_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Order = Literal["race", "logit"]
+
+PADDING_INDEX = (1 << 63) - 1
+_BLOCK_VALUES = 1 << 20  # rows * positions handled at once
+_SPARE_CANDIDATES = 8
+_COMPACT_SHARE = 0.25  # consecutive positions share a counter, so a gathered one costs four times as much
+_BOUND_MARGIN = 1e-9  # covers the last places in which a library's log differs from ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The K first arrivals of each row and what is left behind. Short rows end in key +inf, logit -inf."""
+
+    key: Tensor
+    """(B, K) float64, ascending."""
+    index: Tensor
+    """(B, K) int64 global indices."""
+    logit: Tensor
+    """(B, K) float64."""
+    log_rest: Tensor
+    """(B,) float64: log-sum-exp of the logits of all other positions."""
+
+    @property
+    def num_kept(self) -> int:
+        """K."""
+        return self.key.shape[1]
+
+    def keep(self, num_kept: int) -> Race:
+        """Return the race with only its first ``num_kept`` arrivals; the others join the rest."""
+        if num_kept >= self.num_kept:
+            return self
+        dropped_BD = self.logit[:, num_kept:]
+        log_rest_B = torch.logsumexp(torch.cat([self.log_rest[:, None], dropped_BD], dim=1), dim=1)
+        return Race(
+            key=self.key[:, :num_kept],
+            index=self.index[:, :num_kept],
+            logit=self.logit[:, :num_kept],
+            log_rest=log_rest_B,
+        )
+
+
+def run_race(
+    logits_BM: Tensor,
+    num_kept: int,
+    noise: Noise,
+    *,
+    order: Order = "race",
+    global_index: Tensor | None = None,
+) -> Race:
+    """Return the ``num_kept`` first arrivals of each row; ``order="logit"`` ranks by logit without noise.
+
+    ``global_index`` (M,) or (B, M) names the positions; by default they are 0..M-1.
+    """
+    best: Race | None = None
+    for logits_BP, index in _blocks(logits_BM, global_index):
+        race = _run_block(logits_BP.double(), index, num_kept, noise, order)
+        best = race if best is None else merge_races([best, race], num_kept)
+    assert best is not None
+    return best
+
+
+def merge_races(races: list[Race], num_kept: int) -> Race:
+    """Return the first arrivals over disjoint sets of positions, given those of each."""
+    key_BK = torch.cat([race.key for race in races], dim=1)
+    index_BK = torch.cat([race.index for race in races], dim=1)
+    logit_BK = torch.cat([race.logit for race in races], dim=1)
+    order_BK = smallest_first(key_BK, index_BK)
+    return Race(
+        key=key_BK.gather(1, order_BK),
+        index=index_BK.gather(1, order_BK),
+        logit=logit_BK.gather(1, order_BK),
+        log_rest=torch.logsumexp(torch.stack([race.log_rest for race in races]), dim=0),
+    ).keep(num_kept)
+
+
+def smallest_first(key_BP: Tensor, index_BP: Tensor) -> Tensor:
+    """Positions (B, P) that sort by key, equal keys by index."""
+    by_index_BP = index_BP.argsort(dim=1, stable=True)
+    by_key_BP = key_BP.gather(1, by_index_BP).argsort(dim=1, stable=True)
+    return by_index_BP.gather(1, by_key_BP)
+
+
+def exponentials(index: Tensor, noise: Noise, arrival: int | Tensor = 0) -> Tensor:
+    """Unit exponentials E, float64: the waiting time before arrival number ``arrival`` at each position."""
+    high = noise.words(index, 2 * arrival)
+    low = noise.words(index, 2 * arrival + 1)
+    return minus_log1m(unit_from_words(high, low))
+
+
+def _blocks(logits_BM: Tensor, global_index: Tensor | None) -> Iterator[tuple[Tensor, Tensor | int]]:
+    """Cut the map into blocks; with each comes its index tensor, or the first index of a run."""
+    if global_index is None:
+        logits_BM, global_index = _drop_impossible(logits_BM)
+    num_rows, num_positions = logits_BM.shape
+    block = max(_BLOCK_VALUES // num_rows // 4 * 4, 4096)
+    for start in range(0, num_positions, block):
+        part = slice(start, min(start + block, num_positions))
+        yield logits_BM[:, part], start if global_index is None else global_index[..., part]
+
+
+def _drop_impossible(logits_BM: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pack the drawable positions of each row to the left when they are few: logits and index (B, C)."""
+    drawable_BM = logits_BM > float("-inf")
+    count_B = drawable_BM.sum(dim=1)
+    num_packed = int(count_B.max())
+    if num_packed > _COMPACT_SHARE * logits_BM.shape[1]:
+        return logits_BM, None
+    row, column = drawable_BM.nonzero(as_tuple=True)
+    first_B = count_B.cumsum(0) - count_B
+    place = torch.arange(len(row), device=row.device) - first_B[row]
+    index_BC = torch.full((len(count_B), num_packed), PADDING_INDEX, dtype=torch.int64, device=row.device)
+    index_BC[row, place] = column
+    packed_BC = logits_BM.new_full(index_BC.shape, float("-inf"))
+    packed_BC[row, place] = logits_BM[row, column]
+    return packed_BC, index_BC
+
+
+def _run_block(logits_BP: Tensor, index: Tensor | int, num_kept: int, noise: Noise, order: Order) -> Race:
+    if isinstance(index, int):
+        index_P = torch.arange(index, index + logits_BP.shape[1], device=logits_BP.device)
+        index_BP = index_P.expand_as(logits_BP)
+    else:
+        index_BP = index.expand_as(logits_BP)
+    race = _run_candidates(logits_BP, index_BP, index, num_kept, noise) if order == "race" else None
+    if race is not None:
+        return race
+    key_BP = -logits_BP if order == "logit" else _keys(logits_BP, index_BP, noise)
+    return _race_of(logits_BP, index_BP, key_BP, None, num_kept)
+
+
+def _keys(logits_BP: Tensor, index_BP: Tensor, noise: Noise) -> Tensor:
+    key_BP = log(exponentials(index_BP, noise)) - logits_BP
+    return key_BP.masked_fill(logits_BP == float("-inf"), float("inf"))
+
+
+def _run_candidates(
+    logits_BP: Tensor, index_BP: Tensor, index: Tensor | int, num_kept: int, noise: Noise
+) -> Race | None:
+    """Run the race among few positions that surely hold the first arrivals; None if that is not sure.
+
+    The candidates come from the high words alone: u >= high 2^-32, so log(-log(1 - high 2^-32)) - logit
+    bounds the key from below. Once ``num_kept`` true keys lie under the largest bound of a candidate, nobody
+    else can arrive earlier.
+    """
+    num_candidates = num_kept + _SPARE_CANDIDATES
+    if logits_BP.shape[1] <= 4 * num_candidates:
+        return None
+    if isinstance(index, int):
+        high_BP = noise.range_words(index, index + logits_BP.shape[1], 0)
+    else:
+        high_BP = noise.words(index, 0)
+    bound_BP = (high_BP.double() * -(2.0**-32)).log1p_().neg_().log_().sub_(logits_BP)
+    bound_BP.masked_fill_(logits_BP == float("-inf"), float("inf"))
+    bound_BC, place_BC = bound_BP.topk(num_candidates, dim=1, largest=False)
+    key_BC = _keys(logits_BP.gather(1, place_BC), index_BP.gather(1, place_BC), noise)
+    last_kept_B = key_BC.kthvalue(num_kept, dim=1).values
+    largest_bound_B = bound_BC.amax(dim=1)
+    # a bound of +inf among the candidates says that they hold every drawable position
+    sure_B = (last_kept_B + _BOUND_MARGIN < largest_bound_B) | (largest_bound_B == float("inf"))
+    return _race_of(logits_BP, index_BP, key_BC, place_BC, num_kept) if bool(sure_B.all()) else None
+
+
+def _race_of(
+    logits_BP: Tensor, index_BP: Tensor, key_BC: Tensor, place_BC: Tensor | None, num_kept: int
+) -> Race:
+    """Keep the first arrivals among ``place_BC`` (None: among all positions), padded to ``num_kept``."""
+    index_BC = index_BP if place_BC is None else index_BP.gather(1, place_BC)
+    chosen_BK = smallest_first(key_BC, index_BC)[:, :num_kept]
+    key_BK = key_BC.gather(1, chosen_BK)
+    if place_BC is not None:
+        chosen_BK = place_BC.gather(1, chosen_BK)
+    logit_BK = logits_BP.gather(1, chosen_BK)
+    index_BK = index_BP.gather(1, chosen_BK).masked_fill(logit_BK == float("-inf"), PADDING_INDEX)
+    missing = max(num_kept - chosen_BK.shape[1], 0)
+    return Race(
+        key=pad(key_BK, (0, missing), value=float("inf")),
+        index=pad(index_BK, (0, missing), value=PADDING_INDEX),
+        logit=pad(logit_BK, (0, missing), value=float("-inf")),
+        log_rest=logits_BP.scatter(1, chosen_BK, float("-inf")).logsumexp(dim=1),
+    )
