@@ -1,16 +1,20 @@
-"""Decoding of one chunk for the codecs that every zarr v3 store may use; anything else goes through zarr-python."""
+"""Decoding of one chunk for the codecs that every zarr v3 store may use; anything else goes through
+zarr-python.
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 BYTE_CODECS = frozenset({"zstd", "gzip", "blosc", "crc32c"})
 
@@ -20,7 +24,8 @@ def encode_chunk(chunk: npt.NDArray[Any], codec: str, level: int) -> bytes:
     if codec == "raw":
         return chunk.tobytes()
     # the flat view: the encoder takes any buffer, and releases the interpreter lock
-    return bytes(imagecodecs.zstd_encode(chunk.reshape(-1).view(np.uint8), level))
+    flat: Any = chunk.reshape(-1).view(np.uint8)
+    return bytes(imagecodecs.zstd_encode(flat, level))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def _decode_step(step: str, data: bytes, nbytes: int, *, last: bool) -> Any:
     try:
         if step == "zstd":
             # a destination of the right size also keeps a hostile frame from asking for more memory
-            out = np.empty(nbytes, np.uint8) if last else None
+            out: Any = np.empty(nbytes, np.uint8) if last else None
             return imagecodecs.zstd_decode(data, out=out)
         if step == "gzip":
             return imagecodecs.gzip_decode(data)

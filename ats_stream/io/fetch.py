@@ -1,20 +1,24 @@
-"""Acting on a patch plan: chunks are fetched and decoded once each and their pieces copied into the patches."""
+"""Acting on a patch plan: chunks are fetched and decoded once each and their pieces copied into the
+patches."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.plan import PatchPlan
 from ats_stream.io.sources import ChunkSource, Place, RawChunk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ats_stream.io.plan import PatchPlan
 
 Array = npt.NDArray[Any]
 # decoding in threads pays from here on; below, handing over costs more than decoding
@@ -27,8 +31,8 @@ CHUNKS_PER_BATCH = 64
 class ReadStats:
     """What was read so far: chunks looked at, their bytes in the store, their bytes as pixels.
 
-    A chunk that is absent from the store counts in ``decoded_bytes`` (its pixels were looked at) with no stored bytes;
-    one served by the chunk cache counts nowhere.
+    A chunk that is absent from the store counts in ``decoded_bytes`` (its pixels were looked at) with no
+    stored bytes; one served by the chunk cache counts nowhere.
     """
 
     num_chunks: int = 0
@@ -81,15 +85,13 @@ def read_plan(
     cache: ChunkCache | None,
     num_threads: int,
 ) -> ReadStats:
-    """Fill ``out`` (N, *size) with the pieces of the plan; pixels outside of the level are left as they are."""
+    """Fill ``out`` (N, *size) with the pieces of the plan; pixels outside of the level stay as they are."""
     num_chunks = stored_bytes = 0
     decode = _decoder(source, level, cache)
     todo = _fetch(source, plan, level, cache)
     pool = _thread_pool(num_threads) if num_threads > 1 and plan.num_chunks >= MIN_THREADED_CHUNKS else None
-    targets, sources, sizes = (
-        a.tolist() for a in (plan.piece_target_PD, plan.piece_source_PD, plan.piece_size_PD)
-    )
-    patches, first_piece = plan.piece_patch_P.tolist(), plan.first_piece.tolist()
+    targets, sources, sizes = (a.tolist() for a in (plan.piece_target, plan.piece_source, plan.piece_size))
+    patches, first_piece = plan.piece_patch.tolist(), plan.first_piece.tolist()
 
     def place(number: int, raw: RawChunk) -> None:
         chunk = source.fill_value if raw.data is None else decode(raw)
@@ -131,10 +133,12 @@ def _decoder(source: ChunkSource, level: int, cache: ChunkCache | None) -> Calla
 def _fetch(
     source: ChunkSource, plan: PatchPlan, level: int, cache: ChunkCache | None
 ) -> Iterator[tuple[int, RawChunk]]:
-    """Number and stored form of every chunk of the plan; one from the cache comes decoded, with -1 stored bytes."""
-    places: list[Place] = [tuple(p) for p in plan.chunks_KD.tolist()]
+    """Number and stored form of every chunk of the plan; one from the cache comes decoded, with -1 stored
+    bytes.
+    """
+    places: list[Place] = [tuple(p) for p in plan.chunks.tolist()]
     bounds = plan.first_chunk.tolist()
-    for s, shard in enumerate(plan.shards_SD.tolist()):
+    for s, shard in enumerate(plan.shards.tolist()):
         wanted = []
         for number in range(bounds[s], bounds[s + 1]):
             cached = cache.get((level, places[number])) if cache is not None else None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ats_stream.io.codecs import ChunkDecoder, parse_codecs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 DTYPES = frozenset(
     {
@@ -92,7 +94,9 @@ def build_array_json(
 
 
 def parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
-    """The layout of a zarr v3 array, ``None`` when it needs zarr-python; ValueError when the metadata are broken."""
+    """The layout of a zarr v3 array, ``None`` when it needs zarr-python; ValueError when the metadata are
+    broken.
+    """
     try:
         return _parse_array_json(meta)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -1,8 +1,9 @@
 """OME-Zarr (NGFF) metadata as plain dictionaries: building 0.5, parsing 0.4 and 0.5.
 
-Nothing here touches a file. Rules followed: time axes come first, then channel, then space; every dataset has one
-``scale`` and at most one ``translation`` after it; a level made by means of ``f`` x ``f`` pixels is shifted by
-``(s_l - s_0) / 2`` because the centre of its first pixel is the mean of the centres of the pixels under it.
+Nothing here touches a file. Rules followed: time axes come first, then channel, then space; every dataset has
+one ``scale`` and at most one ``translation`` after it; a level made by means of ``f`` x ``f`` pixels is
+shifted by ``(s_l - s_0) / 2`` because the centre of its first pixel is the mean of the centres of the pixels
+under it.
 """
 
 from __future__ import annotations
@@ -77,15 +78,15 @@ def build_image(
     value_range: tuple[float, float] = (0, 255),
     metadata: Mapping[str, Any] | None = None,
     image_label: Mapping[str, Any] | None = None,
-    origin_downsample: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Attributes of an OME-Zarr 0.5 image group.
 
-    ``downsamples`` holds, for each level, one factor per space axis against the finest pixels; ``pixel_size_um`` the
-    size of those finest pixels per space axis, ``None`` when unknown (then scales are in pixels, without a unit).
-    ``metadata`` goes beside the ``ome`` key under ``ats_stream``.
+    ``downsamples`` holds, for each level, one factor per space axis against the finest pixels;
+    ``pixel_size_um`` the size of those finest pixels per space axis, ``None`` when unknown (then scales are
+    in pixels, without a unit). ``metadata`` goes beside the ``ome`` key under ``ats_stream``.
 
-    >>> a = build_image(name="s", axes="cyx", paths=["0", "1"], downsamples=[(1, 1), (2, 2)], pixel_size_um=(0.5, 0.5))
+    >>> levels = {"paths": ["0", "1"], "downsamples": [(1, 1), (2, 2)]}
+    >>> a = build_image(name="s", axes="cyx", pixel_size_um=(0.5, 0.5), **levels)
     >>> a["ome"]["multiscales"][0]["datasets"][1]["coordinateTransformations"]
     [{'type': 'scale', 'scale': [1.0, 1.0, 1.0]}, {'type': 'translation', 'translation': [0.0, 0.25, 0.25]}]
     """
@@ -151,7 +152,9 @@ def group_json(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_image(attributes: Mapping[str, Any]) -> Multiscale:
-    """Read the first multiscale image of a group's attributes, version 0.4 or 0.5; ValueError says what is wrong."""
+    """Read the first multiscale image of a group's attributes, version 0.4 or 0.5; ValueError says what is
+    wrong.
+    """
     ome = attributes.get("ome", attributes)
     if not isinstance(ome, Mapping):
         raise ValueError("attributes 'ome' is no object")
@@ -208,7 +211,9 @@ def _parse_dataset(dataset: Mapping[str, Any], num_axes: int, multiscale: Mappin
 
 
 def _parse_channels(omero: Any) -> tuple[Channel, ...]:
-    """Channels are for display alone, so a broken entry falls back to its defaults instead of failing the image."""
+    """Channels are for display alone, so a broken entry falls back to its defaults instead of failing the
+    image.
+    """
     entries = omero.get("channels") if isinstance(omero, Mapping) else None
     if not isinstance(entries, list):
         return ()
@@ -235,7 +240,9 @@ def parse_labels(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 def pixel_size_um(
     multiscale: Multiscale, dataset: Dataset, space_axes: Sequence[int]
 ) -> tuple[float, ...] | None:
-    """Pixel size in micrometres along the given axes; ``None`` unless every one of them has a known unit of length."""
+    """Pixel size in micrometres along the given axes; ``None`` unless every one of them has a known unit of
+    length.
+    """
     sizes = []
     for axis in space_axes:
         factor = MICROMETRES.get(multiscale.units[axis] or "")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,9 @@ from ats_stream.io.layout import parse_array_json
 from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo
 from ats_stream.io.sources import ArraySource, AxisMap, ChunkSource, LocalSource, ZarrSource
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 
 def open_pyramid(
     source: str | os.PathLike[str] | npt.NDArray[Any],
@@ -27,9 +29,9 @@ def open_pyramid(
 ) -> Pyramid:
     """Open an OME-Zarr folder, version 0.4 or 0.5, or an array (C, *space) in memory.
 
-    ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``storage_options`` are for remote
-    stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming the source, for what
-    cannot be read.
+    ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``storage_options`` are for
+    remote stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming the
+    source, for what cannot be read.
 
     >>> pyramid = open_pyramid(np.zeros((3, 40, 60), np.uint8))
     >>> pyramid.read_patches(0, [[-4, 50]], (8, 16)).shape
@@ -199,7 +201,8 @@ def _level(index: int, image: ngff.Multiscale, sources: Sequence[ChunkSource], a
 
 
 def _downsample(full: int, size: int, stated: float) -> float:
-    """Factor between two lengths in pixels: the stated one if the lengths agree with it, else a whole one, else the ratio.
+    """Factor between two lengths in pixels: the stated one if the lengths agree with it, else a whole one,
+    else the ratio.
 
     The ratio alone is off by the last, cut off block: 2967 -> 1484 is a factor of 2, not of 1.9993.
 

@@ -1,15 +1,19 @@
 """From patches to chunks: pure planning of reads.
 
-Shape letters: N patches, D axes, K chunks needed, P pieces (one piece = the part of one chunk that lands in one patch).
+Shape letters: N patches, D axes, K chunks needed, P pieces (one piece = the part of one chunk that lands in
+one patch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Int = npt.NDArray[np.int64]
 
@@ -18,30 +22,33 @@ Int = npt.NDArray[np.int64]
 class PatchPlan:
     """Which chunks to read, each once, and where their parts go.
 
-    ``piece_*`` arrays are sorted by chunk: the pieces of chunk ``k`` are ``first_piece[k] : first_piece[k + 1]``. Chunks
-    are sorted by shard, then by place in the shard; those of one shard are ``first_chunk[s] : first_chunk[s + 1]``.
+    The pieces of chunk ``k`` are those from ``first_piece[k]`` to before ``first_piece[k + 1]``. Chunks are
+    sorted by shard, then by place in the shard; ``first_chunk`` bounds those of each shard in the same way.
     """
 
-    chunks_KD: Int
-    """Place of each chunk in the chunk grid."""
-    shards_SD: Int
-    """Place of each shard in the shard grid."""
+    chunks: Int
+    """(K, D) place of each chunk in the chunk grid."""
+    shards: Int
+    """(S, D) place of each shard in the shard grid."""
     first_chunk: Int
+    """(S + 1,)."""
     first_piece: Int
-    piece_patch_P: Int
-    """Number of the patch that receives the piece."""
-    piece_source_PD: Int
-    """Where the piece begins inside its chunk."""
-    piece_target_PD: Int
-    """Where the piece begins inside its patch."""
-    piece_size_PD: Int
-    outside_N: npt.NDArray[np.bool_]
-    """True for patches that reach over the level's border, so part of them must be filled."""
+    """(K + 1,)."""
+    piece_patch: Int
+    """(P,) number of the patch that receives the piece."""
+    piece_source: Int
+    """(P, D) where the piece begins inside its chunk."""
+    piece_target: Int
+    """(P, D) where the piece begins inside its patch."""
+    piece_size: Int
+    """(P, D) in pixels."""
+    outside: npt.NDArray[np.bool_]
+    """(N,) True for patches that reach over the level's border, so part of them must be filled."""
 
     @property
     def num_chunks(self) -> int:
         """Number of chunks to read."""
-        return len(self.chunks_KD)
+        return len(self.chunks)
 
 
 def plan_patches(
@@ -53,11 +60,12 @@ def plan_patches(
 ) -> PatchPlan:
     """Plan the reading of N patches of one size from a chunked level; every needed chunk comes once.
 
-    All arguments are in pixels over the same D axes; offsets may be negative or reach past the edge (no piece covers what
-    lies outside). ``shard_shape`` is a multiple of ``chunk_shape``, or equal to it when there are no shards.
+    All arguments are in pixels over the same D axes; offsets may be negative or reach past the edge (no piece
+    covers what lies outside). ``shard_shape`` is a multiple of ``chunk_shape``, or equal to it when there are
+    no shards.
 
     >>> plan = plan_patches((100,), (10,), (50,), [[8], [-3]], (4,))
-    >>> plan.chunks_KD.ravel().tolist(), plan.piece_patch_P.tolist(), plan.piece_target_PD.ravel().tolist()
+    >>> plan.chunks.ravel().tolist(), plan.piece_patch.tolist(), plan.piece_target.ravel().tolist()
     ([0, 1], [0, 1, 0], [0, 3, 2])
     """
     shape, chunk, shard, size = (
@@ -67,7 +75,7 @@ def plan_patches(
     # a patch outside stays outside, and sums of far offsets cannot overflow
     offsets = np.clip(offsets, -size, shape)
     begin, end = np.maximum(offsets, 0), np.minimum(offsets + size, shape)
-    outside_N = ((offsets < 0) | (offsets + size > shape)).any(axis=1)
+    outside_N = np.any((offsets < 0) | (offsets + size > shape), axis=1)
     first, last = begin // chunk, (end - 1) // chunk
     count_ND = np.where((end > begin).all(axis=1)[:, None], last - first + 1, 0)
     patch_P, place_PD = _enumerate(count_ND)
@@ -90,20 +98,20 @@ def plan_patches(
     shards_KD = shard_PD[order][first_piece]
     _, first_chunk = np.unique(shard_id[order][first_piece], return_index=True)
     return PatchPlan(
-        chunks_KD=chunks_KD,
-        shards_SD=shards_KD[first_chunk],
+        chunks=chunks_KD,
+        shards=shards_KD[first_chunk],
         first_chunk=np.append(first_chunk, len(chunks_KD)),
         first_piece=np.append(first_piece, len(order)),
-        piece_patch_P=patch_P[order],
-        piece_source_PD=(piece_begin - chunk_start)[order],
-        piece_target_PD=(piece_begin - offsets[patch_P])[order],
-        piece_size_PD=(piece_end - piece_begin)[order],
-        outside_N=outside_N,
+        piece_patch=patch_P[order],
+        piece_source=(piece_begin - chunk_start)[order],
+        piece_target=(piece_begin - offsets[patch_P])[order],
+        piece_size=(piece_end - piece_begin)[order],
+        outside=outside_N,
     )
 
 
 def _enumerate(count_ND: Int) -> tuple[Int, Int]:
-    """Rows of the boxes ``0 .. count`` of all N items, one after another: item number (P,) and place (P, D)."""
+    """Places in the boxes ``0 .. count`` of all N items: number of the item (P,) and place (P, D)."""
     per_item = count_ND.prod(axis=1)
     item_P = np.repeat(np.arange(len(count_ND)), per_item)
     rank_P = np.arange(len(item_P)) - np.repeat(np.cumsum(per_item) - per_item, per_item)

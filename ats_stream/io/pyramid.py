@@ -1,6 +1,7 @@
 """Reading pyramids: whole levels, boxes, patches, thumbnails, label images.
 
-Shape letters: N patches, C channels, D space axes; ``*space`` are the sampled axes: y x, z y x, t y x or t z y x.
+Shape letters: N patches, C channels, D space axes; ``*space`` are the sampled axes: y x, z y x, t y x or
+t z y x.
 """
 
 from __future__ import annotations
@@ -8,19 +9,22 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io.fetch import ChunkCache, ReadStats, read_plan
-from ats_stream.io.ngff import Channel
 from ats_stream.io.plan import plan_patches
 from ats_stream.io.reduce import shrink
 from ats_stream.io.sources import ChunkError, ChunkSource
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ats_stream.io.ngff import Channel
 
 Array = npt.NDArray[Any]
 # pixels of a level that a thumbnail holds at once
@@ -62,8 +66,8 @@ class PyramidInfo:
 class Pyramid:
     """A multi-resolution image, opened by :func:`ats_stream.io.open_pyramid`.
 
-    Pickling carries the description, not open files or caches, so a copy in another process reads on its own. Reads may
-    run in several threads at once.
+    Pickling carries the description, not open files or caches, so a copy in another process reads on its own.
+    Reads may run in several threads at once.
     """
 
     def __init__(
@@ -131,7 +135,7 @@ class Pyramid:
         return tuple(name for name, _ in self._info.labels)
 
     def label(self, name: str) -> Pyramid:
-        """Open one of the label images as a pyramid of one integer channel; InputError for an unknown name."""
+        """Open one label image as a pyramid of one integer channel; InputError for an unknown name."""
         from ats_stream.io.opening import open_pyramid
 
         places = dict(self._info.labels)
@@ -140,7 +144,7 @@ class Pyramid:
         return open_pyramid(places[name], cache_bytes=self._cache_bytes)
 
     def level_for(self, *, downsample: float | None = None, pixel_size_um: float | None = None) -> Level:
-        """The level nearest (in ratio) to a downsampling factor or to a pixel size in micrometres; give one of them."""
+        """The level nearest, in ratio, to a downsampling factor or a pixel size in micrometres; give one."""
         if (downsample is None) == (pixel_size_um is None):
             raise InputError("level_for needs either downsample or pixel_size_um")
         wanted = downsample if downsample is not None else pixel_size_um
@@ -161,7 +165,10 @@ class Pyramid:
     def read(
         self, level: int | Level, start: Sequence[int] | None = None, stop: Sequence[int] | None = None
     ) -> Array:
-        """Read a box (all of the level by default); ``start`` and ``stop`` are over (C, *space), inside the level."""
+        """Read a box of the level, by default all of it; ``start`` and ``stop`` are over (C, *space).
+
+        Raises InputError for a box that reaches outside, SlideError when the store is damaged.
+        """
         target = self._level(level)
         first = tuple(int(v) for v in start) if start is not None else (0,) * len(target.shape)
         last = tuple(int(v) for v in stop) if stop is not None else target.shape
@@ -176,7 +183,8 @@ class Pyramid:
         out = np.empty((1, *size), target.dtype)
         if out.size:
             self._read_into(target, np.array([first]), size, 0, out)
-        return out[0]
+        box: Array = out[0]
+        return box
 
     def read_patches(
         self,
@@ -189,9 +197,10 @@ class Pyramid:
     ) -> Array:
         """Read N patches of one size: (N, C, *size) in the level's dtype.
 
-        ``offsets_ND`` are the first pixels of the patches in pixels of that level, integers; they may be negative or reach
-        past the edge, what lies outside is ``fill``. Every chunk is fetched and decoded once per call. ``out``, if given,
-        is filled and returned. Raises SlideError when the store is damaged, InputError for arguments that do not fit.
+        ``offsets_ND`` are the first pixels of the patches in pixels of that level, integers; they may be
+        negative or reach past the edge, what lies outside is ``fill``. Every chunk is fetched and decoded
+        once per call. ``out``, if given, is filled and returned. Raises SlideError when the store is damaged,
+        InputError for arguments that do not fit.
         """
         target = self._level(level)
         offsets = np.asarray(offsets_ND)
@@ -226,8 +235,8 @@ class Pyramid:
     ) -> None:
         source = self._sources[level.index]
         plan = plan_patches(source.shape, source.chunk_shape, source.shard_shape, offsets, size)
-        if plan.outside_N.any():
-            out[plan.outside_N] = fill
+        if plan.outside.any():
+            out[plan.outside] = fill
         try:
             stats = read_plan(
                 source, plan, out, level=level.index, cache=self._cache, num_threads=self._num_threads
@@ -243,9 +252,10 @@ class Pyramid:
             return self._stats[self._level(level).index]
 
     def thumbnail(self, max_px: int) -> Array:
-        """The whole image as (C, y, x) no larger than ``max_px`` on its longer side, by means of whole blocks.
+        """The whole image as (C, y, x), its longer side at most ``max_px``, by exact means of blocks.
 
-        Of other space axes the middle plane is taken. Memory is bounded by the result and one strip of pixels.
+        Of other space axes the middle plane is taken. Memory is bounded by the result and one strip of
+        pixels.
         """
         if max_px < 1:
             raise InputError(f"max_px must be positive, got {max_px}")
@@ -265,13 +275,13 @@ class Pyramid:
         """A lazy dask array of a level; its blocks are whole chunks, about 16 MiB each."""
         import dask.array
 
+        from_array: Any = dask.array.from_array
+
         target = self._level(level)
         chunk = target.chunk_shape
         scale = max(1, round((16e6 / (math.prod(chunk) * target.dtype.itemsize)) ** (1 / (len(chunk) - 1))))
         blocks = (chunk[0], *(min(c * scale, n) for c, n in zip(chunk[1:], target.shape[1:], strict=True)))
-        return dask.array.from_array(
-            _LazyLevel(self, target), chunks=blocks, name=False, meta=np.empty(0, target.dtype)
-        )
+        return from_array(_LazyLevel(self, target), chunks=blocks, name=False, meta=np.empty(0, target.dtype))
 
 
 class _LazyLevel:
@@ -290,7 +300,10 @@ class _LazyLevel:
 def read_batch(
     requests: Sequence[tuple[Pyramid, int | Level, npt.ArrayLike]], size_D: Sequence[int], *, fill: float = 0
 ) -> Array:
-    """Patches of several pyramids, one request after another: (sum of N, C, *size); dtypes and channels must agree."""
+    """Patches of several pyramids, one request after another: (sum of N, C, *size).
+
+    InputError when dtypes or numbers of channels differ.
+    """
     if not requests:
         raise InputError("read_batch needs at least one request")
     patches = [

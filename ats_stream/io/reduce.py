@@ -1,7 +1,7 @@
 """Exact means of square blocks of pixels: the step from one pyramid level to the next.
 
-Integers are rounded half to even, so repeated halving has no drift. Blocks cut off at the edge average what is there.
-Shape letters: C channels, Y rows, X columns.
+Integers are rounded half to even, so repeated halving has no drift. Blocks cut off at the edge average what
+is there. Shape letters: C channels, Y rows, X columns.
 """
 
 from __future__ import annotations
@@ -57,18 +57,21 @@ def _mean_of_pairs(block_CYX: Array) -> Array:
         total = total[:, :, 0::2] + total[:, :, 1::2]
     bits = (block_CYX.shape[1] > 1) + (block_CYX.shape[2] > 1)
     if dtype.kind == "f":
-        return (total / 2**bits).astype(dtype)
+        total /= 2**bits
+        return total.astype(dtype)
     if bits == 0:
         return block_CYX
     # half to even: a half is added, less one unit of the sum when the quotient is even
     one = total.dtype.type(1)
     half = total.dtype.type(2 ** (bits - 1) - 1)
     odd = (total >> total.dtype.type(bits)) & one
-    return ((total + half + odd) >> total.dtype.type(bits)).astype(dtype)
+    mean: Array = (total + half + odd) >> total.dtype.type(bits)
+    return mean.astype(dtype)
 
 
 def shrink(block_CYX: Array, factor: int) -> Array:
-    """Mean of each ``factor`` x ``factor`` block, (C, ceil(Y / factor), ceil(X / factor)), exact for integers.
+    """Mean of each ``factor`` x ``factor`` block, (C, ceil(Y / factor), ceil(X / factor)), exact for
+    integers.
 
     >>> shrink(np.arange(9, dtype=np.uint8).reshape(1, 3, 3), 3).tolist()
     [[[4]]]
@@ -83,10 +86,12 @@ def shrink(block_CYX: Array, factor: int) -> Array:
     columns = np.minimum(starts_x + factor, width) - starts_x
     count = rows[:, None] * columns[None, :]
     if dtype.kind == "f":
-        return (total / count).astype(dtype)
+        mean: Array = total / count
+        return mean.astype(dtype)
     quotient, rest = np.divmod(total, count)
     up = (2 * rest > count) | ((2 * rest == count) & (quotient % 2 == 1))
-    return (quotient + up).astype(dtype)
+    rounded: Array = quotient + up
+    return rounded.astype(dtype)
 
 
 def halve_labels(mask_YX: Array) -> Array:

@@ -1,18 +1,22 @@
 """Shards of zarr v3 (codec ``sharding_indexed``) as bytes: encoding, and parsing of the index.
 
 A shard is its chunks one after another, then the index: for every place of the chunk grid, in C order, two
-little-endian uint64 ``offset, nbytes`` (both ``2**64 - 1`` for an absent chunk), then the crc32c of these bytes.
+little-endian uint64 ``offset, nbytes`` (both ``2**64 - 1`` for an absent chunk), then the crc32c of these
+bytes.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
@@ -24,7 +28,7 @@ def index_nbytes(grid: Sequence[int], *, has_crc: bool = True) -> int:
 
 
 def encode_shard_parts(chunks: Mapping[tuple[int, ...], bytes], grid: Sequence[int]) -> list[bytes]:
-    """The pieces that, written one after another, are the shard; saves a copy against :func:`encode_shard`."""
+    """The pieces that, one after another, are the shard; saves a copy against :func:`encode_shard`."""
     index = np.full((*grid, 2), ABSENT, dtype="<u8")
     parts = []
     position = 0

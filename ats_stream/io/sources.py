@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.layout import ArrayLayout
 from ats_stream.io.shard import ABSENT, check_index, index_nbytes, parse_index
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ats_stream.io.layout import ArrayLayout
 
 Array = npt.NDArray[Any]
 Place = tuple[int, ...]
@@ -25,12 +28,13 @@ INDEX_CACHE_BYTES = 16 << 20  # 16 MiB: a thousand shards of 32 x 32 chunks
 
 
 class ChunkError(Exception):
-    """A chunk or shard cannot be read; the pyramid turns it into an error that names the slide and the level."""
+    """A chunk or shard cannot be read; the pyramid turns it into an error that names the slide and the
+    level."""
 
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A chunk as it is stored; ``data`` is None when the store holds nothing for it (all pixels the fill value)."""
+    """A chunk as it is stored; ``data`` is None when the store holds nothing for it."""
 
     place: Place
     data: Any
@@ -46,7 +50,7 @@ class ChunkSource(Protocol):
     shard_shape: tuple[int, ...]
     fill_value: Any
 
-    def fetch(self, shard: Place, places: Sequence[Place]) -> Iterator[RawChunk]:
+    def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Yield the stored chunks of one shard in the order asked for."""
 
     def decode(self, raw: RawChunk) -> Array:
@@ -55,7 +59,7 @@ class ChunkSource(Protocol):
 
 @dataclass(frozen=True)
 class AxisMap:
-    """How the axes of a stored array become (C, *space): ``keep[i]`` is the stored axis of axis i, None for a new one."""
+    """How stored axes become (C, *space): ``keep[i]`` is the stored axis of axis i, None for a new one."""
 
     keep: tuple[int | None, ...]
     ndim: int
@@ -73,7 +77,7 @@ class AxisMap:
         return tuple(result)
 
     def array(self, array: Array) -> Array:
-        """Reorder the axes of a block; dropped axes have length 1 in the image, so their first plane is all."""
+        """Reorder the axes of a block; dropped axes have length 1, so their first plane is all."""
         kept = [a for a in self.keep if a is not None]
         array = array[tuple(slice(None) if a in kept else 0 for a in range(self.ndim))]
         array = array.transpose([sorted(kept).index(a) for a in kept])
@@ -96,7 +100,7 @@ class LocalSource:
         self.fill_value = layout.fill_value
         self._indices = _IndexCache()
 
-    def fetch(self, shard: Place, places: Sequence[Place]) -> Iterator[RawChunk]:
+    def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Read the byte ranges of the chunks; a missing file means that all its chunks are absent."""
         key = self.layout.key(self.axes.stored(shard))
         try:
@@ -107,13 +111,13 @@ class LocalSource:
         except OSError as error:
             raise ChunkError(f"cannot open {key}: {error.strerror}") from error
         try:
-            yield from self._fetch_open(fd, key, shard, places)
+            yield from self._fetch_open(fd, key, places)
         except OSError as error:
             raise ChunkError(f"cannot read {key}: {error.strerror}") from error
         finally:
             os.close(fd)
 
-    def _fetch_open(self, fd: int, key: str, shard: Place, places: Sequence[Place]) -> Iterator[RawChunk]:
+    def _fetch_open(self, fd: int, key: str, places: Sequence[Place]) -> Iterator[RawChunk]:
         stat = os.fstat(fd)
         if not self.layout.is_sharded:
             yield RawChunk(places[0], os.pread(fd, stat.st_size, 0), stat.st_size)
@@ -154,7 +158,7 @@ class LocalSource:
 
 
 class _IndexCache:
-    """Shard indices by key, the least recently used ones dropped; an entry is valid for one size and time of the file."""
+    """Shard indices by key, least recently used dropped; an entry holds for one size and time of its file."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -206,7 +210,7 @@ class ZarrSource:
         dtype = np.dtype(array.dtype).newbyteorder("=")
         return cls(folder, axes, axes.view(array.shape), dtype, chunk, chunk, fill, array)
 
-    def fetch(self, shard: Place, places: Sequence[Place]) -> Iterator[RawChunk]:
+    def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Hand over the place alone: zarr-python reads and decodes in one go."""
         for place in places:
             yield RawChunk(place, place, self._stored_bytes(place))
@@ -236,7 +240,8 @@ class ZarrSource:
         if getattr(self._array, "shards", None) is not None:
             return 0  # the size of a chunk inside a foreign shard is not known without its index
         try:
-            return (self.folder / metadata.encode_chunk_key(self.axes.stored(place))).stat().st_size
+            key = str(metadata.encode_chunk_key(self.axes.stored(place)))
+            return (self.folder / key).stat().st_size
         except OSError:
             return 0
 
@@ -254,7 +259,7 @@ def _open_zarr(folder: Path) -> Any:
 
 
 class ArraySource:
-    """An array in memory, shown as one chunk per block of 256 pixels so that statistics mean the same as for files."""
+    """An array in memory, shown in chunks so that statistics mean the same as for files."""
 
     def __init__(self, array: Array, chunk_px: int = 256) -> None:
         self.pixels = array
@@ -263,7 +268,7 @@ class ArraySource:
         self.shard_shape = self.chunk_shape
         self.fill_value = np.zeros((), array.dtype)[()]
 
-    def fetch(self, shard: Place, places: Sequence[Place]) -> Iterator[RawChunk]:
+    def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Nothing is stored: the pixels are there already."""
         for place in places:
             yield RawChunk(place, place, 0)

@@ -1,0 +1,195 @@
+"""Writing one sharded zarr v3 array of local files, shard by shard or chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ats_stream.errors import StorageError
+from ats_stream.io.codecs import encode_chunk
+from ats_stream.io.layout import build_array_json, grid_shape
+from ats_stream.io.shard import ABSENT, encode_shard_parts, parse_index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Executor
+    from pathlib import Path
+
+Array = npt.NDArray[Any]
+Result = TypeVar("Result")
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> int:
+    """Write the parts to a file one after another; return the bytes written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = 0
+    with path.open("wb") as file:
+        for part in parts:
+            num_bytes += file.write(part)
+    return num_bytes
+
+
+def guarded(shown: str, action: Callable[[], Result]) -> Result:
+    """Run an action on the file shown; what the system refuses becomes a StorageError with its name and
+    reason.
+    """
+    try:
+        return action()
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{shown}: cannot write: {error.strerror or error}") from error
+
+
+def write_json(path: Path, shown: str, content: Mapping[str, Any]) -> int:
+    """Write a JSON file; return its bytes."""
+    data = json.dumps(content, indent=1).encode()
+    return guarded(shown, lambda: write_parts(path, [data]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """Shape, cut and encoding of an array in the making."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: str
+    chunk_px: int
+    shard_px: int
+    fill_value: float
+    codec: str
+    codec_level: int
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Chunk shape: ``chunk_px`` along y and x, everything along the others."""
+        return tuple(self.chunk_px if a in "yx" else n for a, n in zip(self.axes, self.shape, strict=True))
+
+    @property
+    def shard(self) -> tuple[int, ...]:
+        """Shard shape, no wider than the image: small levels do not carry the index of a large shard."""
+        cover = [g * c for g, c in zip(grid_shape(self.shape, self.chunk), self.chunk, strict=True)]
+        return tuple(min(self.shard_px, n) if a in "yx" else n for a, n in zip(self.axes, cover, strict=True))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Chunks per shard."""
+        return grid_shape(self.shard, self.chunk)
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's ``zarr.json``."""
+        return build_array_json(
+            shape=self.shape,
+            dtype=self.dtype,
+            chunk_shape=self.chunk,
+            shard_shape=self.shard,
+            fill_value=self.fill_value,
+            codec=self.codec,
+            codec_level=self.codec_level,
+            dimension_names=list(self.axes),
+        )
+
+
+class ArrayWriter:
+    """Files of one array in ``folder``; errors name them under ``shown``, the folder's final place.
+
+    Chunks are encoded in ``pool``. ``stored_bytes`` counts what lies in the files.
+    """
+
+    def __init__(self, folder: Path, shown: str, spec: ArraySpec, pool: Executor) -> None:
+        self.folder, self.shown, self.spec, self._pool = folder, shown, spec, pool
+        self.stored_bytes = write_json(folder / "zarr.json", f"{shown}/zarr.json", spec.metadata())
+
+    def write_all(self, array: Array) -> None:
+        """Write an array that is in memory as a whole."""
+        for shard in np.ndindex(*grid_shape(self.spec.shape, self.spec.shard)):
+            self.write_shard(shard, array[_box(shard, self.spec.shard)])
+
+    def write_shard(self, shard: tuple[int, ...], block: Array) -> int:
+        """Write a whole shard, cut off at the array's edge; return its bytes, 0 when none were needed."""
+        spec = self.spec
+        expected = tuple(min(s, n - i * s) for i, s, n in zip(shard, spec.shard, spec.shape, strict=True))
+        if block.shape != expected or block.dtype != spec.dtype:
+            raise ValueError(
+                f"shard {shard} of {self.shown} must be {spec.dtype} {expected}, "
+                f"got {block.dtype} {block.shape}"
+            )
+        places = list(np.ndindex(*grid_shape(block.shape, spec.chunk)))
+        encoded = self._pool.map(lambda place: self._encode(block[_box(place, spec.chunk)]), places)
+        return self._write(shard, {place: data for place, data in zip(places, encoded, strict=True) if data})
+
+    def write_chunks(self, blocks: Mapping[tuple[int, ...], Array]) -> int:
+        """Write single chunks, whole or cut off at the edge; the others stay. Return the bytes of their
+        shards.
+        """
+        for place, block in blocks.items():
+            self._check_chunk(place, block)
+        encoded = zip(blocks, self._pool.map(self._encode, blocks.values()), strict=True)
+        shards: dict[tuple[int, ...], dict[tuple[int, ...], bytes]] = {}
+        for place, data in encoded:
+            shard = tuple(p // g for p, g in zip(place, self.spec.grid, strict=True))
+            inner = tuple(p % g for p, g in zip(place, self.spec.grid, strict=True))
+            shards.setdefault(shard, {})[inner] = data
+        num_bytes = 0
+        for shard, chunks in shards.items():
+            merged = self._stored(shard) | chunks
+            num_bytes += self._write(shard, {place: data for place, data in merged.items() if data})
+        return num_bytes
+
+    def _check_chunk(self, place: Sequence[int], block: Array) -> None:
+        spec = self.spec
+        extent = tuple(min(c, n - p * c) for p, c, n in zip(place, spec.chunk, spec.shape, strict=True))
+        if min(place) < 0 or min(extent) < 1:
+            raise ValueError(f"chunk {tuple(place)} lies outside of {self.shown}, which is {spec.shape}")
+        if block.shape not in (spec.chunk, extent) or block.dtype != spec.dtype:
+            raise ValueError(
+                f"chunk {tuple(place)} of {self.shown} must be {spec.dtype} {spec.chunk}, "
+                f"got {block.dtype} {block.shape}"
+            )
+
+    def _encode(self, block: Array) -> bytes:
+        """Encoded chunk, padded at the edge; empty when every pixel equals the fill value."""
+        spec = self.spec
+        if block.flat[0] == spec.fill_value and bool((block == spec.fill_value).all()):
+            return b""
+        if block.shape != spec.chunk:
+            whole = np.full(spec.chunk, spec.fill_value, dtype=spec.dtype)
+            whole[tuple(slice(0, n) for n in block.shape)] = block
+            block = whole
+        little = np.ascontiguousarray(block, dtype=spec.dtype.newbyteorder("<"))
+        return encode_chunk(little, spec.codec, spec.codec_level)
+
+    def _path(self, shard: Sequence[int]) -> tuple[Path, str]:
+        parts = ("c", *map(str, shard))
+        return self.folder.joinpath(*parts), "/".join((self.shown, *parts))
+
+    def _write(self, shard: Sequence[int], chunks: Mapping[tuple[int, ...], bytes]) -> int:
+        path, shown = self._path(shard)
+        self.stored_bytes -= path.stat().st_size if path.exists() else 0
+        if not chunks:
+            path.unlink(missing_ok=True)
+            return 0
+        num_bytes = guarded(shown, lambda: write_parts(path, encode_shard_parts(chunks, self.spec.grid)))
+        self.stored_bytes += num_bytes
+        return num_bytes
+
+    def _stored(self, shard: Sequence[int]) -> dict[tuple[int, ...], bytes]:
+        """Encoded chunks that the shard's file holds already."""
+        path, shown = self._path(shard)
+        if not path.exists():
+            return {}
+        data = guarded(shown, path.read_bytes)
+        index = parse_index(data, self.spec.grid)
+        chunks = {}
+        for place in map(tuple, np.argwhere(index[..., 0] != ABSENT).tolist()):
+            offset, nbytes = index[place].tolist()
+            chunks[place] = data[offset : offset + nbytes]
+        return chunks
+
+
+def _box(place: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(p * s, (p + 1) * s) for p, s in zip(place, size, strict=True))
