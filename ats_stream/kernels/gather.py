@@ -74,7 +74,7 @@ def normalisation(
 
 def _float64_vector(name: str, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
     try:
-        vector = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be numbers, one per channel: {error}") from error
     if vector.ndim != 1 or not vector.numel():

@@ -1,0 +1,71 @@
+"""Build a kernel source with g++ and launch it on host memory, in the manner of cupy.RawModule.
+
+Needs the standard library and numpy alone, so that a process under AddressSanitizer stays small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+BASE_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FAST_FLAGS = ("-O2",)
+# -O1 keeps every access of the source; with no recovery the first finding ends the process
+SANITIZER_FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def has_compiler() -> bool:
+    return shutil.which("g++") is not None
+
+
+def asan_runtime() -> str:
+    """The library to preload where the program itself, Python, was built without AddressSanitizer."""
+    asked = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return asked.stdout.strip()
+
+
+def build(name: str, source: str, expressions: Sequence[str], flags: Sequence[str] = FAST_FLAGS) -> Path:
+    """Compile a source that messages call ``name``, with an entry ``launch_<i>`` per kernel; once per content."""
+    entries = (
+        f'extern "C" void launch_{i}(unsigned grid_x, unsigned grid_y, unsigned block_x, void** args) '
+        f"{{ cuda_on_cpu::launch(&{expression}, grid_x, grid_y, block_x, args); }}"
+        for i, expression in enumerate(expressions)
+    )
+    text = "\n".join([f'#include "{HEADER}"', f'#line 1 "{name}"', source, *entries])
+    key = hashlib.sha256("\0".join([text, HEADER.read_text(), *BASE_FLAGS, *flags]).encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"cuda_on_cpu_{os.getuid()}_{key}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", *BASE_FLAGS, *flags, "-x", "c++", "-", "-o", str(partial)]
+        made = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        partial.replace(library)  # atomic: another process may be building the same
+    return library
+
+
+class CpuModule:
+    """The kernels of one library that :func:`build` made."""
+
+    def __init__(self, library: Path, expressions: Sequence[str]) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._number = {expression: i for i, expression in enumerate(expressions)}
+
+    def launch(
+        self, expression: str, grid: tuple[int, int], block: tuple[int], args: Sequence[np.generic]
+    ) -> None:
+        """Run one grid to its end; ``args`` are numpy scalars of exact width, addresses among them."""
+        boxes = [ctypes.create_string_buffer(value.tobytes(), value.itemsize) for value in args]
+        pointers = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes))
+        getattr(self._library, f"launch_{self._number[expression]}")(*grid, *block, pointers)

@@ -1,0 +1,266 @@
+"""gather.cu itself: built with g++ against the CPU path bit for bit, under sanitizers, and through NVRTC."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+import torch
+from cuda_on_cpu import CpuModule
+from gather_cases import CASES, Case
+
+from ats_stream.kernels import gather_crops
+from ats_stream.kernels.gather import SPECIALISATIONS, plan_launch
+from ats_stream.kernels.launch import COMPILE_OPTIONS, source_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXPRESSIONS = tuple(SPECIALISATIONS.values())
+GUARD = 64  # bytes before and behind an output that must stay as they were
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+needs_compiler = pytest.mark.skipif(not cuda_on_cpu.has_compiler(), reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def module() -> CpuModule:
+    return CpuModule(cuda_on_cpu.build("gather.cu", source_text("gather.cu"), EXPRESSIONS), EXPRESSIONS)
+
+
+def run_kernel(
+    module: CpuModule,
+    crops_NCS: torch.Tensor,
+    scale_C: torch.Tensor,
+    shift_C: torch.Tensor,
+    output: torch.dtype,
+) -> torch.Tensor:
+    """Launch gather.cu as planned into guarded memory; every byte of the output starts as 0xa5."""
+    num_bytes = crops_NCS.numel() * output.itemsize
+    memory = torch.full((GUARD + num_bytes + GUARD,), 0xA5, dtype=torch.uint8)
+    out_NCS = memory[GUARD : GUARD + num_bytes].view(output).view(crops_NCS.shape)
+    assert out_NCS.data_ptr() % 16 == 0
+    launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
+    module.launch(launch.expression, launch.grid, launch.block, launch.args)
+    assert bool((memory[:GUARD] == 0xA5).all() & (memory[GUARD + num_bytes :] == 0xA5).all())
+    return out_NCS
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def test_the_specialisations_are_every_pair_of_types() -> None:
+    pairs = {
+        (i, o) for i in (torch.uint8, torch.uint16) for o in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert set(SPECIALISATIONS) == pairs
+    assert len(set(EXPRESSIONS)) == len(pairs)
+
+
+def test_the_source_is_ascii_and_includes_nothing() -> None:
+    assert "#include" not in source_text("gather.cu")
+
+
+# ---- the plan ----
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_covers_each_plane_within_the_limits_of_cuda(case: Case) -> None:
+    crops_NCS, scale_C, shift_C = case.inputs()
+    out_NCS = torch.empty(case.shape, dtype=case.output)
+    launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
+    (block,) = launch.block
+    assert launch.grid[0] == case.shape[0] * case.shape[1]
+    assert 1 <= launch.grid[1] <= 65535
+    assert 32 <= block <= 256
+    assert block % 32 == 0
+    patch_size, run = crops_NCS[0, 0].numel(), 16 // case.output.itemsize
+    most_runs = max((start + patch_size - 1) // run + 1 for start in range(run))
+    assert launch.grid[1] * block >= most_runs > (launch.grid[1] - 1) * block
+    pointers = [tensor.data_ptr() for tensor in (crops_NCS, scale_C, shift_C, out_NCS)]
+    assert [int(value) for value in launch.args] == [*pointers, case.shape[1], patch_size]
+    assert all(value.itemsize == 8 for value in launch.args)  # the width that gather.cu declares
+
+
+def test_the_plan_stops_at_the_widest_grid() -> None:
+    huge = torch.empty(1, 1, 2**30, dtype=torch.uint8, device="meta")
+    launch = plan_launch(huge, huge, huge, torch.empty(huge.shape, device="meta"))
+    assert launch.grid == (1, 65535)
+
+
+# ---- the source on the CPU ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_gives_the_bits_of_the_cpu_path(module: CpuModule, case: Case) -> None:
+    inputs = case.inputs()
+    got = run_kernel(module, *inputs, case.output)
+    assert torch.equal(bits(got), bits(gather_crops(*inputs, case.output)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("grid_y", [1, 2, 3])
+def test_a_smaller_grid_gives_the_same(module: CpuModule, grid_y: int) -> None:
+    # each thread then strides over several runs, as it does for patches above the limit of the grid
+    inputs = Case(pixels=torch.uint8, output=torch.float16, shape=(2, 3, 61, 83), start=0).inputs()
+    out_NCS = torch.full(inputs[0].shape, float("nan"), dtype=torch.float16)
+    launch = plan_launch(*inputs, out_NCS)
+    module.launch(launch.expression, (launch.grid[0], grid_y), (64,), launch.args)
+    assert torch.equal(bits(out_NCS), bits(gather_crops(*inputs, torch.float16)))
+
+
+def every_kind_of_float() -> torch.Tensor:
+    """All signs, exponents and upper fractions, with lower bits next to where the 16-bit formats round."""
+    upper = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    lower = np.array(
+        [0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32
+    )
+    return torch.from_numpy((upper | lower).reshape(-1).view(np.float32))
+
+
+@needs_compiler
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("patch_size", [1, 8], ids=["single stores", "whole runs"])
+def test_every_kind_of_float_is_rounded_as_torch_and_numpy_do(
+    module: CpuModule, output: torch.dtype, patch_size: int
+) -> None:
+    values = every_kind_of_float()  # one channel each: fma(1, value, 0)
+    crops_NCS = torch.ones(1, len(values), patch_size, dtype=torch.uint8)
+    got = run_kernel(module, crops_NCS, values, torch.zeros_like(values), output)[0]
+    for column in got.T:
+        expected = (values + 0).to(output)  # fma(1, -0, 0) is +0
+        same = (bits(column) == bits(expected)) | (column.isnan() & expected.isnan())
+        assert bool(same.all()), values[~same][:5]
+    if output == torch.float16:
+        with np.errstate(over="ignore"):
+            by_numpy = values.numpy().astype(np.float16)
+        assert np.array_equal(got[:, 0].numpy(), by_numpy, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_constants_of_any_size_agree_too(module: CpuModule, output: torch.dtype) -> None:
+    # far apart, subnormal, overflowing: the float64 sum is inexact for many of these channels
+    rng = np.random.default_rng(11)
+    channels = 5000
+    scale = (rng.choice([-1.0, 1.0], channels) * 2.0 ** rng.uniform(-149, 128, channels)).astype(np.float32)
+    shift = (rng.choice([-1.0, 1.0], channels) * 2.0 ** rng.uniform(-149, 128, channels)).astype(np.float32)
+    near = rng.random(channels) < 0.5
+    shift[near] = (-scale[near] * rng.integers(1, 65536, near.sum())).clip(-3e38, 3e38)
+    crops_NCS = torch.from_numpy(rng.integers(0, 65536, (1, channels, 9), dtype=np.uint16))
+    scale_C, shift_C = torch.from_numpy(scale), torch.from_numpy(shift)
+    got = run_kernel(module, crops_NCS, scale_C, shift_C, output)
+    assert torch.equal(bits(got), bits(gather_crops(crops_NCS, scale_C, shift_C, output)))
+
+
+# ---- memory ----
+
+
+def asan_job(cases: Sequence[Case], *, missing_bytes: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """The launches of ``cases`` as data; the crops and the output may be made too short."""
+    source = source_text("gather.cu")
+    library = cuda_on_cpu.build("gather.cu", source, EXPRESSIONS, cuda_on_cpu.SANITIZER_FLAGS)
+    launches = []
+    for case in cases:
+        crops_NCS, scale_C, shift_C = case.inputs()
+        out_NCS = torch.empty(case.shape, dtype=case.output)
+        launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
+        start = case.start * case.pixels.itemsize
+        buffers = [
+            [start + crops_NCS.nbytes - missing_bytes[0], start],
+            [scale_C.nbytes, 0],
+            [shift_C.nbytes, 0],
+            [out_NCS.nbytes - missing_bytes[1], 0],
+        ]
+        sizes = [int(value) for value in launch.args[len(buffers) :]]
+        launches.append(
+            {
+                "expression": launch.expression,
+                "grid": launch.grid,
+                "block": launch.block,
+                "buffers": buffers,
+                "args": sizes,
+            }
+        )
+    return {"library": str(library), "expressions": EXPRESSIONS, "launches": launches}
+
+
+def run_under_asan(job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": cuda_on_cpu.asan_runtime(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaves memory to the system at its end
+    }
+    command = [sys.executable, str(Path(__file__).with_name("asan_main.py"))]
+    return subprocess.run(
+        command,
+        input=json.dumps(job),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+@needs_compiler
+def test_no_access_out_of_bounds_or_misaligned() -> None:
+    done = run_under_asan(asan_job(CASES))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == str(len(CASES))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("missing_bytes", "access"), [((1, 0), "READ"), ((0, 1), "WRITE")], ids=["crops", "output"]
+)
+@pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 17)], ids=["whole runs", "single stores"])
+def test_the_sanitizer_does_see_one_missing_byte(
+    shape: tuple[int, ...], missing_bytes: tuple[int, int], access: str
+) -> None:
+    case = Case(pixels=torch.uint8, output=torch.bfloat16, shape=shape, start=0)
+    done = run_under_asan(asan_job([case], missing_bytes=missing_bytes))
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert f"{access} of size" in done.stderr
+    assert "gather.cu" in done.stderr
+
+
+# ---- the source for real devices ----
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_every_specialisation_without_spills(architecture: int) -> None:
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy is not installed")
+    try:
+        nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"CuPy finds no NVRTC (pip install nvidia-cuda-nvrtc): {type(error).__name__}")
+    program = nvrtc.createProgram(source_text("gather.cu"), "gather.cu", (), ())
+    try:
+        for expression in EXPRESSIONS:
+            nvrtc.addNameExpression(program, expression)
+        options = (*COMPILE_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            pytest.fail(nvrtc.getProgramLog(program))
+        names = {nvrtc.getLoweredName(program, expression) for expression in EXPRESSIONS}
+        log = nvrtc.getProgramLog(program)
+        ptx = nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    assert len(names) == len(EXPRESSIONS)
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(EXPRESSIONS)
+    text = ptx.decode() if isinstance(ptx, bytes) else ptx
+    # every run leaves as one 16-byte store, of which the compiler may keep several copies
+    assert text.count("st.global.cs.v4.u32") == text.count("st.global.cs") >= len(EXPRESSIONS)
