@@ -136,4 +136,5 @@ def attention_overlay(
     level = np.sqrt(attention / peak).astype(np.float64) if peak > 0 else np.zeros(attention.shape)
     cover = (alpha * (_FLOOR + (1.0 - _FLOOR) * level))[..., None]
     grey = (thumbnail @ np.array([0.299, 0.587, 0.114]))[..., None]  # ITU-R BT.601 luma
-    return np.rint((1.0 - cover) * grey + cover * colour_map(level)).astype(np.uint8)
+    mixed: NDArray[np.float64] = (1.0 - cover) * grey + cover * colour_map(level)
+    return np.rint(mixed).astype(np.uint8)

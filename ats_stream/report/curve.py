@@ -1,7 +1,7 @@
 """A small line chart as inline SVG, for learning curves.
 
-Colours are CSS variables with values for light and dark, so the chart follows the page it stands in. All text is
-escaped; the same chart gives the same bytes.
+Colours are CSS variables with values for light and dark, so the chart follows the page it stands in. All
+text is escaped; the same chart gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from markupsafe import Markup, escape
 from ats_stream.errors import InputError
 
 _WIDTH_PX, _PLOT_PX = 640, 244  # the whole chart, and the height between the axes' ends
-_LEFT_PX, _RIGHT_PX, _BOTTOM_PX = 64, 18, 52
+_LEFT_PX, _RIGHT_PX, _BOTTOM_PX = 72, 24, 52
 _LEGEND_PX = 20  # one row of the legend
 _LETTER_PX = 7.2  # mean width of a letter of a label, for placing the legend
 _MAX_DOTS = 40
+_HUGE = 1e100  # what a float can hold but no axis can show; drawn as not finite
 NUM_COLOURS = 6
 _DASHES = ("", "7 4", "2 4")  # each round through the colours has its own dash
 
@@ -41,7 +42,7 @@ class Series:
     def finite_points(self) -> tuple[tuple[float, float], ...]:
         """The points that can be drawn."""
         pairs = zip(self.x, self.y, strict=True)
-        return tuple((x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y))
+        return tuple((x, y) for x, y in pairs if _is_drawable(x, y))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def ticks_for(low: float, high: float, num_wanted: int = 5) -> tuple[float, ...]
     >>> ticks_for(3, 3)
     (2.0, 3.0, 4.0)
     """
-    if low == high:
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1 / _HUGE):
         half = abs(low) * 0.01 if abs(low) > 1e3 else 1.0
         low, high = low - half, high + half
         num_wanted = 2
@@ -118,10 +119,9 @@ def render_svg(chart: LineChart) -> Markup:
         parts.append(_text(_WIDTH_PX / 2, top + _PLOT_PX / 2, "no data", "middle"))
     parts += legend
     parts.append(_text((_LEFT_PX + _WIDTH_PX - _RIGHT_PX) / 2, bottom + 42, chart.x_label, "middle"))
-    turned = Markup(
-        '<text class="label" transform="translate(15 {}) rotate(-90)" text-anchor="middle">{}</text>'
-    )
-    parts.append(turned.format(_number(top + _PLOT_PX / 2), chart.y_label))
+    turn = f"translate(15 {_number(top + _PLOT_PX / 2)}) rotate(-90)"
+    turned = Markup('<text class="label" transform="{}" text-anchor="middle">{}</text>')
+    parts.append(turned.format(turn, chart.y_label))
     parts.append(Markup("</svg>"))
     return Markup("\n").join(parts)
 
@@ -131,13 +131,13 @@ def _axes(x_axis: _Axis, y_axis: _Axis) -> list[Markup]:
     for tick in y_axis.ticks:
         y = y_axis.place(tick)
         parts.append(_stroke("grid", _LEFT_PX, y, _WIDTH_PX - _RIGHT_PX, y))
-        parts.append(_text(_LEFT_PX - 9, y + 4, f"{tick:.10g}", "end"))
+        parts.append(_text(_LEFT_PX - 9, y + 4, _tick_text(tick), "end"))
     floor = y_axis.start_px
     parts.append(_stroke("axis", _LEFT_PX, floor, _WIDTH_PX - _RIGHT_PX, floor))
     for tick in x_axis.ticks:
         x = x_axis.place(tick)
         parts.append(_stroke("axis", x, floor, x, floor + 5))
-        parts.append(_text(x, floor + 20, f"{tick:.10g}", "middle"))
+        parts.append(_text(x, floor + 20, _tick_text(tick), "middle"))
     return parts
 
 
@@ -145,7 +145,7 @@ def _line(index: int, line: Series, x_axis: _Axis, y_axis: _Axis) -> list[Markup
     style = _style(index)
     path, pen = [], "M"
     for x, y in zip(line.x, line.y, strict=True):
-        if math.isfinite(x) and math.isfinite(y):
+        if _is_drawable(x, y):
             path.append(f"{pen}{_number(x_axis.place(x))} {_number(y_axis.place(y))}")
             pen = "L"
         else:
@@ -169,10 +169,8 @@ def _legend(series: tuple[Series, ...]) -> tuple[list[Markup], float]:
         room = 29 + _LETTER_PX * len(line.name)
         if left > _LEFT_PX and left + room > _WIDTH_PX - _RIGHT_PX:
             left, row = float(_LEFT_PX), row + _LEGEND_PX
-        swatch = Markup('<line class="line" x1="{}" y1="{}" x2="{}" y2="{}"{}/>')
-        parts.append(
-            swatch.format(_number(left), _number(row), _number(left + 22), _number(row), _style(index))
-        )
+        swatch = Markup('<path class="line" d="M{} {}h22"{}/>')
+        parts.append(swatch.format(_number(left), _number(row), _style(index)))
         parts.append(_text(left + 29, row + 4, line.name, "start"))
         left += room + 22
     return parts, row + 26
@@ -193,6 +191,21 @@ def _stroke(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:
     element = Markup('<text class="label" x="{}" y="{}" text-anchor="{}">{}</text>')
     return element.format(_number(x), _number(y), anchor, escape(text))
+
+
+def _is_drawable(x: float, y: float) -> bool:
+    return abs(x) < _HUGE and abs(y) < _HUGE  # false for NaN, too
+
+
+def _tick_text(value: float) -> str:
+    """A tick's value, in thousands or millions where it would not fit its place.
+
+    >>> _tick_text(0.25), _tick_text(20000.0), _tick_text(1.5e6), _tick_text(3e-5)
+    ('0.25', '20k', '1.5M', '3e-05')
+    """
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value / 1e3:.6g}k"
+    return f"{value / 1e6:.6g}M" if 1e6 <= abs(value) < 1e9 else f"{value:.6g}"
 
 
 def _number(value: float) -> str:

@@ -69,8 +69,8 @@ def patch_boxes(
     """Boxes (N, 4) of patches on a display of the whole image.
 
     A patch that starts at `offsets_N2` (y, x), in pixels of an image of `image_shape`, covers on the display
-    round(offset * s) to round((offset + size) * s) with s = display / image per axis. A box smaller than
-    `min_side_px` grows about its centre; a box over the border is cut.
+    round(offset * s) to round((offset + size) * s) with s = display / image per axis. A box over
+    the border is cut; one then smaller than `min_side_px` grows about its centre, staying on the display.
 
     >>> patch_boxes(np.array([[100, 200]]), (50, 50), (1000, 1000), (100, 100), 4).tolist()
     [[10, 20, 15, 25]]
@@ -80,10 +80,10 @@ def patch_boxes(
     offsets = np.asarray(offsets_N2, dtype=np.float64).reshape(-1, 2)
     start = np.rint(offsets * scale)
     stop = np.rint((offsets + np.array(patch_size, dtype=np.float64)) * scale)
-    missing = np.maximum(min_side_px - (stop - start), 0)
-    start, stop = start - np.floor(missing / 2), stop + np.ceil(missing / 2)
-    start, stop = np.clip(start, 0, display - 1), np.clip(stop, 1, display)
-    return np.concatenate([start, stop], axis=1).astype(np.int64)
+    start, stop = np.clip(start, 0, display), np.clip(stop, 0, display)
+    length = np.maximum(stop - start, np.minimum(min_side_px, display))
+    start = np.clip(start - np.floor((length - (stop - start)) / 2), 0, display - length)
+    return np.concatenate([start, start + length], axis=1).astype(np.int64)
 
 
 def grid_for(

@@ -1,6 +1,7 @@
 """One self-contained HTML page: headings, figures, tables and key numbers, without a request to anywhere.
 
-Everything a caller gives is text and is escaped; pictures travel inside the file. The same page gives the same bytes.
+Everything a caller gives is text and is escaped; pictures travel inside the file. The same page gives the
+same bytes.
 """
 
 from __future__ import annotations
