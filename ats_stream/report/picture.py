@@ -243,7 +243,7 @@ def _paste_patches(
         top, left = panel.top + top, panel.left + left
         draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=colours.frame)
         canvas.paste(tile, (left, top))
-        below = top + grid.side_px + 4
+        below = top + tile.height + 4
         draw.text((left, below), str(rank + 1), fill=colours.muted, font=_font(14))
         share = f"{100 * shares_N[index]:.1f} %"
         draw.text((left + grid.side_px, below), share, fill=colours.text, font=_font(14), anchor="ra")
