@@ -1,20 +1,47 @@
 """Pyramids, slides and archive tables: reading patches of gigapixel images, and writing OME-Zarr."""
 
+from ats_stream.io.archive import Archive, ArchiveRow, read_archive, write_archive
+from ats_stream.io.convert import (
+    ConvertConfig,
+    ConvertFailure,
+    ConvertSummary,
+    convert,
+    preprocess,
+    target_path,
+    working_memory_bytes,
+    write_pyramid,
+)
 from ats_stream.io.fetch import ReadStats
 from ats_stream.io.ngff import Channel
 from ats_stream.io.opening import open_pyramid
 from ats_stream.io.plan import PatchPlan, plan_patches
 from ats_stream.io.pyramid import Level, Pyramid, read_batch
+from ats_stream.io.slides import open_slide
+from ats_stream.io.tissue import tissue_mask
 from ats_stream.io.writer import PyramidWriter
 
 __all__ = [
+    "Archive",
+    "ArchiveRow",
     "Channel",
+    "ConvertConfig",
+    "ConvertFailure",
+    "ConvertSummary",
     "Level",
     "PatchPlan",
     "Pyramid",
     "PyramidWriter",
     "ReadStats",
+    "convert",
     "open_pyramid",
+    "open_slide",
     "plan_patches",
+    "preprocess",
+    "read_archive",
     "read_batch",
+    "target_path",
+    "tissue_mask",
+    "working_memory_bytes",
+    "write_archive",
+    "write_pyramid",
 ]
