@@ -5,18 +5,26 @@ from ats_stream.sampling.draw import Draw, draw, merge_draws
 from ats_stream.sampling.expectation import effective_sample_share, expectation
 from ats_stream.sampling.geometry import Geometry, geometry_from_receptive_field, patch_offsets
 from ats_stream.sampling.layers import ActivityRegularizer, L2Normalize, SampleSoftmax, multinomial_entropy
+from ats_stream.sampling.module import AttentionSampling, Expectation, SamplePatches, attention_sampling
+from ats_stream.sampling.patches import PatchSource, cut_patches
 from ats_stream.sampling.tracing import geometry_of, receptive_field
 from ats_stream.sampling.weights import SCHEMES, Scheme, estimator_weights
 
 __all__ = [
     "SCHEMES",
     "ActivityRegularizer",
+    "AttentionSampling",
     "Draw",
+    "Expectation",
     "Geometry",
     "L2Normalize",
+    "PatchSource",
+    "SamplePatches",
     "SampleSoftmax",
     "Scheme",
     "attention_logits",
+    "attention_sampling",
+    "cut_patches",
     "draw",
     "effective_sample_share",
     "estimator_weights",

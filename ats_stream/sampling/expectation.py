@@ -61,4 +61,5 @@ def effective_sample_share(weight_BN: Tensor, q_BN: Tensor, attention_BN: Tensor
 
 
 def _weighted_sum(share_BN: Tensor, features_BNF: Tensor) -> Tensor:
-    return torch.einsum("bn,bnf->bf", share_BN, features_BNF)
+    # products and sums keep their dtype under autocast, where an einsum would be rounded to bfloat16
+    return (share_BN[:, :, None] * features_BNF).sum(dim=1)

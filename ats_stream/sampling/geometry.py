@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Place of an attention map in the low-resolution view it was computed from; one value per axis of space."""
+    """Place of an attention map in the low-resolution view it comes from; one value per axis of space."""
 
     offset: tuple[float, ...]
     """Pixels of the view before the first cell's own stretch."""
@@ -91,7 +91,7 @@ def patch_offsets(
     *,
     geometry: Geometry | None = None,
 ) -> Tensor:
-    """First pixel (B, N, D) int64 of the patches at flat (row-major) map positions, in high-resolution pixels.
+    """First pixel (B, N, D) int64 of the patches at flat (row-major) positions, in high-resolution pixels.
 
     The patch is centred on its cell and starts at round-half-even(centre - size / 2); it may reach over any
     border of the image. Without ``geometry`` the map covers the image evenly. Raises InputError if the

@@ -17,7 +17,7 @@ Regularizer = Callable[[Tensor], Tensor]
 
 
 class SampleSoftmax(nn.Module):
-    """Softmax over all positions of each sample: logits (B, *map) or (B, 1, *map) -> probabilities of the same shape.
+    """Softmax over all positions of each sample: logits (B, *map) or (B, 1, *map) -> probabilities alike.
 
     Args:
         squeeze_channels: drop the channel axis of (B, 1, *map).
