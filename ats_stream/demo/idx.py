@@ -35,9 +35,7 @@ def read(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             return _parse(cast("BinaryIO", stream), num_dims)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(
-            f"{path}: not a whole {num_dims}-D IDX file of uint8: {error}"
-        ) from error
+        raise InputError(f"{path}: not a whole {num_dims}-D IDX file of uint8: {error}") from error
 
 
 def _parse(stream: BinaryIO, num_dims: int) -> NDArray[np.uint8]:

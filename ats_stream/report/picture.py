@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ats_stream.errors import InputError
-from ats_stream.report.colour import attention_overlay, colour_map, fit_map, to_rgb, value_range
+from ats_stream.report.colour import attention_overlay, colour_map, to_rgb, value_range
 from ats_stream.report.layout import Grid, fit_within, grid_for, patch_boxes
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def prediction_picture(
     _draw_header(canvas, title, subtitle, colours)
     _paste_panel(canvas, Image.fromarray(shown), panels[0], colours)
     _paste_panel(canvas, draw_boxes(Image.fromarray(overlay), boxes, labels), panels[1], colours)
-    peak = float(fit_map(attention_YX, overlay.shape[:2]).max())
-    _draw_colour_bar(canvas, panels[1], overlay.shape, peak, colours)
+    _draw_colour_bar(canvas, panels[1], overlay.shape, float(attention_YX.max()), colours)
     _paste_patches(canvas, patches_NCYX, order, _shares(weights), grid, panels[2], colours)
     return canvas
 
