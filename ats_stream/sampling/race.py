@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Order = Literal["race", "logit"]
 
-PADDING_INDEX = (1 << 63) - 1
+PADDING_INDEX = 1 << 62  # above every position, and exact where torch passes it through a float
 _BLOCK_VALUES = 1 << 20  # rows * positions handled at once
 _SPARE_CANDIDATES = 8
 _COMPACT_SHARE = 0.25  # consecutive positions share a counter, so a gathered one costs four times as much
