@@ -68,7 +68,7 @@ def tissue_mask(image_CYX: Array) -> npt.NDArray[np.bool_]:
 
 
 def saturation(rgb_CYX: Array) -> Array:
-    """HSV saturation (Y, X) of 8-bit colours, scaled to 0..255; 0 for what is nearly black, where it is noise.
+    """HSV saturation (Y, X) of 8-bit colours, scaled to 0..255; 0 for near black, where it is noise.
 
     >>> saturation(np.array([[[200, 7, 0]], [[100, 7, 0]], [[100, 7, 9]]], np.uint8)).tolist()
     [[127, 0, 0]]

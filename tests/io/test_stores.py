@@ -1,0 +1,165 @@
+"""Stores that other tools wrote, and arrays of zarr-python with other codecs, cuts and versions."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+
+from ats_stream.errors import SlideError
+from ats_stream.io import ngff, open_pyramid
+from ats_stream.io.sources import LocalSource, ZarrSource
+
+STORES = [
+    "galaxy-v05/cyx_uint8.zarr",
+    "galaxy-v05/input10.zarr",
+    "galaxy-v05/input13.zarr",
+    "galaxy-v05/input9.zarr",
+    "galaxy-v05/yx_uint8_mask.zarr",
+    "ngio/v04/images/test_image_c1yx.zarr",
+    "ngio/v04/images/test_image_cyx.zarr",
+    "ngio/v04/images/test_image_czyx.zarr",
+    "ngio/v04/images/test_image_tczyx.zarr",
+    "ngio/v04/images/test_image_tyx.zarr",
+    "ngio/v04/images/test_image_yx.zarr",
+    "ome-zarr-examples/valid/image-02.zarr",
+    "ome-zarr-examples/valid/image-04.zarr",
+    "ome-zarr-py-create/astronaut_v04.ome.zarr",
+    "ome-zarr-py-create/coins_v05.ome.zarr",
+]
+
+
+def canonical(group, path):
+    """(C, *space) by zarr-python and the axes alone, written apart from the code under test."""
+    ome = group.attrs.get("ome", group.attrs)
+    multiscale = ome["multiscales"][0]
+    array = group[path][:]
+    names = [a["name"].lower() for a in multiscale["axes"]]
+    first = group[multiscale["datasets"][0]["path"]].shape
+    for axis in reversed(range(len(names))):
+        if names[axis] in "tz" and first[axis] == 1:
+            array = array.take(0, axis)
+            del names[axis]
+    if "c" not in names:
+        return array[None]
+    return np.moveaxis(array, names.index("c"), 0)
+
+
+def compare(path, group):
+    pyramid = open_pyramid(path)
+    multiscale = group.attrs.get("ome", group.attrs)["multiscales"][0]
+    rng = np.random.default_rng(0)
+    for level, dataset in zip(pyramid.levels, multiscale["datasets"], strict=True):
+        expected = canonical(group, dataset["path"])
+        np.testing.assert_array_equal(pyramid.read(level), expected)
+        assert level.shape == expected.shape
+        assert level.dtype == expected.dtype.newbyteorder("=")
+        size = [max(1, n // 2) for n in expected.shape[1:]]
+        offsets = rng.integers([-n for n in size], expected.shape[1:], (6, len(size)))
+        padded = np.pad(expected, [(0, 0), *((s, s) for s in size)], constant_values=1)
+        for patch, offset in zip(pyramid.read_patches(level, offsets, size, fill=1), offsets, strict=True):
+            box = tuple(slice(o + s, o + 2 * s) for o, s in zip(offset, size, strict=True))
+            np.testing.assert_array_equal(patch, padded[(slice(None), *box)])
+        assert pyramid.read_stats(level).num_chunks > 0
+    return pyramid
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores_of_other_tools(test_data, name):
+    path = test_data / "ngff" / name
+    compare(path, zarr.open_group(str(path), mode="r"))
+
+
+@pytest.mark.parametrize("name", ["x_12bit_plant.zarr", "astronaut.zarr"])
+def test_bioformats2raw_layout(test_data, name):
+    path = test_data / "ngff" / "bioformats2raw-v04" / name
+    compare(path, zarr.open_group(str(path / "0"), mode="r"))
+
+
+@pytest.mark.parametrize(("name", "label"), [("coins_v05", "coins"), ("astronaut_v04", "circles")])
+def test_labels_of_other_tools(test_data, name, label):
+    path = test_data / "ngff" / "ome-zarr-py-create" / f"{name}.ome.zarr"
+    pyramid = open_pyramid(path)
+    assert pyramid.label_names == (label,)
+    group = zarr.open_group(str(path / "labels" / label), mode="r")
+    first = group.attrs.get("ome", group.attrs)["multiscales"][0]["datasets"][0]["path"]
+    np.testing.assert_array_equal(pyramid.label(label).read(0), canonical(group, first))
+
+
+@pytest.mark.parametrize("name", ["image-01", "image-02", "image-03", "image-04"])
+def test_invalid_stores_are_refused_in_one_line(test_data, name):
+    path = test_data / "ngff" / "ome-zarr-examples" / "invalid" / f"{name}.zarr"
+    with pytest.raises(SlideError, match=r"^[^\n]+$"):
+        open_pyramid(path)
+
+
+def make_store(target, image, axes="cyx", **arguments):
+    group = zarr.create_group(str(target), zarr_format=3)
+    ones = [(1,) * sum(a in "zyx" for a in axes)]
+    array = group.create_array(
+        "0", shape=image.shape, dtype=image.dtype, dimension_names=list(axes), **arguments
+    )
+    array[:] = image
+    group.attrs.update(
+        ngff.build_image(name="s", axes=axes, paths=["0"], downsamples=ones, pixel_size_um=None)
+    )
+    return group
+
+
+CUTS = {
+    "zstd": {"compressors": [ZstdCodec(level=3)]},
+    "gzip": {"compressors": [GzipCodec()]},
+    "blosc": {"compressors": [BloscCodec(cname="lz4", shuffle="shuffle", typesize=2)]},
+    "raw": {"compressors": None},
+    "crc32c": {"compressors": [ZstdCodec(), Crc32cCodec()]},
+    "big": {"compressors": None, "serializer": BytesCodec(endian="big")},
+    "transpose": {"filters": [TransposeCodec(order=(1, 2, 0))], "compressors": [ZstdCodec()]},
+    "transpose-2": {"filters": [TransposeCodec(order=(2, 0, 1))], "compressors": None},
+    "v2 keys": {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+    "dots": {"chunk_key_encoding": {"name": "default", "separator": "."}},
+    "float fill": {"fill_value": 3},
+}
+
+
+@pytest.mark.parametrize("shards", [None, (2, 48, 32)], ids=["files", "shards"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_core_codecs_are_read_directly(tmp_path, picture, cut, shards):
+    image = picture((2, 50, 70), "uint16")
+    image[:, 16:32, 16:48] = CUTS[cut].get("fill_value", 0)
+    # one channel per chunk, so that chunks are cut along that axis too
+    group = make_store(tmp_path / "a", image, chunks=(1, 16, 16), shards=shards, **CUTS[cut])
+    pyramid = compare(tmp_path / "a", group)
+    assert isinstance(pyramid._sources[0], LocalSource)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "uint32", "float16", "float64"])
+def test_dtypes(tmp_path, dtype):
+    image = np.random.default_rng(0).integers(0, 2, (1, 20, 30)).astype(dtype)
+    compare(tmp_path / "a", make_store(tmp_path / "a", image, chunks=(1, 16, 16)))
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1.5])
+def test_special_fill_values(tmp_path, fill):
+    group = make_store(tmp_path / "a", np.ones((1, 8, 8), "float32"), chunks=(1, 8, 8), fill_value=fill)
+    group["0"].resize((1, 16, 8))
+    np.testing.assert_array_equal(
+        open_pyramid(tmp_path / "a").read(0)[0, 8:], np.full((8, 8), fill, "float32")
+    )
+
+
+def test_other_codecs_go_through_zarr_python(tmp_path, picture):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr-python warns that this codec has no specification
+        from zarr.codecs.numcodecs import LZ4
+
+        image = picture((2, 50, 70))
+        group = make_store(tmp_path / "a", image, chunks=(2, 16, 16), compressors=[LZ4()])
+        pyramid = compare(tmp_path / "a", group)
+        again = open_pyramid(tmp_path / "a")
+        again.read(0)
+    assert isinstance(pyramid._sources[0], ZarrSource)
+    files = [p for p in (tmp_path / "a" / "0" / "c").rglob("*") if p.is_file()]
+    assert again.read_stats(0).stored_bytes == sum(p.stat().st_size for p in files)
