@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+
+from ats_stream.errors import InputError
+from ats_stream.sampling import cut_patches
+
+
+class ArraySource:
+    """A lazy source over an array (C, *space) that notes what it was asked for."""
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+        self.levels = (self.array,)  # an array has a shape, as a level must
+        self.calls = []
+
+    def read_patches(self, level, offsets, size, *, fill=0):
+        self.calls.append((level, offsets.dtype, tuple(size), fill))
+        out = np.full((len(offsets), self.array.shape[0], *size), fill, self.array.dtype)
+        for patch, start in zip(out, offsets, strict=True):
+            for pixel in np.ndindex(*size):
+                place = tuple(int(a) + b for a, b in zip(start, pixel, strict=True))
+                if all(0 <= p < n for p, n in zip(place, self.array.shape[1:], strict=True)):
+                    patch[(slice(None), *pixel)] = self.array[(slice(None), *place)]
+        return out
+
+
+@pytest.mark.parametrize("space", [(9,), (7, 8), (5, 6, 4)])
+def test_tensor_and_lazy_source_agree_with_plain_indexing(space):
+    generator = torch.Generator().manual_seed(0)
+    x_high = torch.randint(0, 255, (2, 3, *space), generator=generator, dtype=torch.uint8)
+    size = tuple(range(3, 3 + len(space)))
+    # some inside, some over each border, some wholly outside
+    offsets_BND = torch.randint(-12, 14, (2, 40, len(space)), generator=generator)
+    sources = [ArraySource(row.numpy()) for row in x_high]
+    patches = cut_patches(x_high, offsets_BND, size, fill=7)
+    assert patches.dtype == torch.uint8
+    assert patches.shape == (2, 40, 3, *size)
+    assert torch.equal(patches, cut_patches(sources, offsets_BND, size, fill=7))
+    assert sources[0].calls == [(0, np.dtype("int64"), size, 7)]
+    assert isinstance(sources[0].calls[0][3], int)
+
+
+def test_gradient_returns_to_the_pixels_it_came_from():
+    x_high = torch.zeros(1, 1, 6, requires_grad=True)
+    cut_patches(x_high, torch.tensor([[[-1], [1], [2]]]), (3,)).sum().backward()
+    assert x_high.grad.flatten().tolist() == [1, 2, 2, 2, 1, 0]
+
+
+def test_bad_input():
+    offsets_BND = torch.zeros(2, 3, 2, dtype=torch.int64)
+    with pytest.raises(InputError, match="do not fit"):
+        cut_patches(torch.zeros(2, 1, 4, 4), offsets_BND, (3,))
+    with pytest.raises(InputError, match="1 images"):
+        cut_patches(torch.zeros(1, 1, 4, 4), offsets_BND, (3, 3))
+    with pytest.raises(InputError, match=r"\(2, 1, 4\)"):
+        cut_patches(torch.zeros(2, 1, 4), offsets_BND, (3, 3))
+    gray, colour = ArraySource(np.zeros((1, 4, 4), np.uint8)), ArraySource(np.zeros((3, 4, 4), np.uint8))
+    with pytest.raises(InputError, match="agree in dtype and channels"):
+        cut_patches([gray, colour], offsets_BND, (3, 3))
