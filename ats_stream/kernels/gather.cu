@@ -28,7 +28,7 @@ template <> __device__ __forceinline__ u32 rounded_bits<float>(float v) { return
 
 template <> __device__ __forceinline__ u32 rounded_bits<bfloat16>(float v) {
   const u32 u = __float_as_uint(v);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return (u >> 16) | 0x40u;  // quiet, so that the kept bits are never zero
+  if ((u & 0x7fffffffu) > 0x7f800000u) return u >> 16;  // fmaf gives quiet NaN: the bit that says so is kept
   return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 }
 

@@ -37,7 +37,7 @@ def asan_runtime() -> str:
 
 
 def build(name: str, source: str, expressions: Sequence[str], flags: Sequence[str] = FAST_FLAGS) -> Path:
-    """Compile a source that messages call ``name``, with an entry ``launch_<i>`` per kernel; once per content."""
+    """Compile a source that messages call ``name``; one entry ``launch_<i>`` per kernel, once per content."""
     entries = (
         f'extern "C" void launch_{i}(unsigned grid_x, unsigned grid_y, unsigned block_x, void** args) '
         f"{{ cuda_on_cpu::launch(&{expression}, grid_x, grid_y, block_x, args); }}"

@@ -46,13 +46,13 @@ def test_every_pixel_value(pixels: torch.dtype) -> None:
     assert np.array_equal(got.numpy(), expected.astype(np.float32))
 
 
-def test_crops_that_fill_several_chunks_of_the_cpu_path() -> None:
-    crops_NCS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (9, 2, 150, 150), dtype=np.uint8))
-    scale_C, shift_C = normalisation([0.5, 0.4], [0.3, 0.2])
-    whole = gather_crops(crops_NCS, scale_C, shift_C)
-    single = torch.cat([gather_crops(crop[None], scale_C, shift_C) for crop in crops_NCS])
-    assert torch.equal(whole, single)
-    assert torch.equal(whole, exact_gather(crops_NCS, scale_C, shift_C, torch.float32))
+@pytest.mark.parametrize("shape", [(3, 1, 400, 400), (9, 2, 150, 150), (150, 2, 30, 30)], ids=str)
+def test_more_crops_than_the_cpu_path_converts_at_once(shape: tuple[int, ...]) -> None:
+    # chunks of one, two and 72 crops
+    crops_NCS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8))
+    scale_C, shift_C = normalisation([0.5, 0.4][: shape[1]], [0.3, 0.2][: shape[1]])
+    expected = exact_gather(crops_NCS, scale_C, shift_C, torch.float32)
+    assert torch.equal(gather_crops(crops_NCS, scale_C, shift_C), expected)
 
 
 def test_inputs_stay_as_they_are_and_the_default_is_float32() -> None:
