@@ -25,6 +25,11 @@ def rounded(value: Fraction, dtype: torch.dtype) -> float:
     return float(nearest)
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bits, so that equal means equal in sign of zero too."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
 def exact_fma(pixel: int, scale: float, shift: float, dtype: torch.dtype = torch.float32) -> float:
     """The value of the gather: one rounding to float32, one more to ``dtype``."""
     value = rounded(pixel * Fraction(scale) + Fraction(shift), torch.float32)

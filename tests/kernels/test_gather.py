@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from exact import exact_gather
+from exact import bits, exact_gather
 from gather_cases import CASES, Case
 
 from ats_stream.errors import InputError
@@ -19,11 +19,6 @@ from ats_stream.kernels.gather import SPECIALISATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bits, so that equal means equal in sign of zero too."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -235,10 +230,8 @@ def test_the_import_loads_torch_and_numpy_alone() -> None:
     code = (
         "import sys, ats_stream.kernels\n"
         "heavy = {'cupy', 'numba', 'ray', 'zarr', 'dask', 'scipy'} & set(sys.modules)\n"
-        "parts = [name for name in sys.modules if name.startswith('ats_stream.')]\n"
+        "parts = {name.split('.')[1] for name in sys.modules if name.startswith('ats_stream.')}\n"
         "print(sorted(heavy), sorted(parts))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    kernels = ["ats_stream.errors", "ats_stream.kernels", "ats_stream.kernels.gather"]
-    kernels += ["ats_stream.kernels.launch", "ats_stream.kernels.rounding"]
-    assert done.stdout.strip() == f"[] {kernels}"
+    assert done.stdout.strip() == "[] ['errors', 'kernels']"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import CpuModule
+from exact import bits
 from gather_cases import CASES, Case
 
 from ats_stream.kernels import gather_crops
@@ -51,10 +52,6 @@ def run_kernel(
     module.launch(launch.expression, launch.grid, launch.block, launch.args)
     assert bool((memory[:GUARD] == 0xA5).all() & (memory[GUARD + num_bytes :] == 0xA5).all())
     return out_NCS
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 def test_the_specialisations_are_every_pair_of_types() -> None:
