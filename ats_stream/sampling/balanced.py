@@ -13,24 +13,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ats_stream.sampling.geometry import unravel_index
+from ats_stream.sampling.packing import pack_drawable
 from ats_stream.sampling.philox import PURPOSE_CURVE, PURPOSE_OFFSET, Noise, unit_from_words
 
 
 def balanced_draw(
     log_q_BM: Tensor, num_samples: int, noise: Noise, map_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return index int64, inclusion float64 and drawn bool, all (B, N); padding is index 0, inclusion 1."""
-    inclusion_BM = inclusion_probabilities(log_q_BM, num_samples)
-    order_BM = curve_order(map_shape, noise)
-    low_B1 = noise.words(torch.zeros(1, dtype=torch.int64, device=log_q_BM.device), PURPOSE_OFFSET + 1)
-    high_B1 = noise.words(torch.zeros(1, dtype=torch.int64, device=log_q_BM.device), PURPOSE_OFFSET)
-    offset_B = unit_from_words(high_B1, low_B1)[:, 0]
-    index_BN = systematic_sample(inclusion_BM, order_BM, offset_B, num_samples)
-    num_drawable_B1 = (log_q_BM > float("-inf")).sum(dim=1, keepdim=True)
-    drawn_BN = torch.arange(num_samples, device=log_q_BM.device) < num_drawable_B1
-    index_BN = index_BN.masked_fill(~drawn_BN, 0)
-    inclusion_BN = inclusion_BM.gather(1, index_BN).masked_fill(~drawn_BN, 1.0)
-    return index_BN, inclusion_BN, drawn_BN
+    """Return index (B, N) int64, inclusion (B, N) float64, and how many (B,) were drawn.
+
+    Rows with fewer drawable positions than N are padded with index 0, inclusion 1.
+    """
+    log_q_BC, index_BC = pack_drawable(log_q_BM)
+    if index_BC is None:
+        index_BC = torch.arange(log_q_BM.shape[1], device=log_q_BM.device).expand_as(log_q_BM)
+    inclusion_BC = inclusion_probabilities(log_q_BC, num_samples)
+    place_BC = curve_places(index_BC, map_shape, noise)
+    order_BC = place_BC.argsort(dim=1, stable=True)
+    purposes = torch.tensor([PURPOSE_OFFSET, PURPOSE_OFFSET + 1], device=log_q_BM.device)
+    high_and_low_B2 = noise.words(torch.zeros_like(purposes), purposes)
+    offset_B = unit_from_words(high_and_low_B2[:, 0], high_and_low_B2[:, 1])
+    chosen_BN = systematic_sample(inclusion_BC, order_BC, offset_B, num_samples)
+    num_drawn_B = (log_q_BC > float("-inf")).sum(dim=1).clamp(max=num_samples)
+    padding_BN = torch.arange(num_samples, device=log_q_BM.device) >= num_drawn_B[:, None]
+    index_BN = index_BC.gather(1, chosen_BN).masked_fill(padding_BN, 0)
+    inclusion_BN = inclusion_BC.gather(1, chosen_BN).masked_fill(padding_BN, 1.0)
+    return index_BN, inclusion_BN, num_drawn_B
 
 
 def inclusion_probabilities(log_q_BM: Tensor, num_samples: int) -> Tensor:
@@ -77,21 +86,22 @@ def systematic_sample(inclusion_BM: Tensor, order_BM: Tensor, offset_B: Tensor, 
     return order_BM.gather(1, torch.minimum(place_BN, last_B1))
 
 
-def curve_order(map_shape: tuple[int, ...], noise: Noise) -> Tensor:
-    """Row-major positions (B, M) along a Hilbert curve that is shifted and flipped anew for each stream."""
-    device = noise.stream_ids.device
+def curve_places(index_BC: Tensor, map_shape: tuple[int, ...], noise: Noise) -> Tensor:
+    """Places (B, C) of row-major positions on a Hilbert curve, shifted and flipped anew for each stream.
+
+    The curve fills a cube of at least twice the map's longest side, so the map lies at a random spot of it.
+    """
+    device = index_BC.device
     num_axes = len(map_shape)
     num_bits = (2 * max(map_shape) - 1).bit_length()
     words_BD = noise.words(torch.arange(2 * num_axes, device=device), PURPOSE_CURVE)
-    cell_MD = torch.cartesian_prod(*[torch.arange(size, device=device) for size in map_shape]).view(
-        -1, num_axes
-    )
-    size_D = torch.tensor(map_shape, device=device)
-    room_D = (1 << num_bits) - size_D + 1
-    shift_BD = words_BD[:, :num_axes] % room_D
-    flip_BD = words_BD[:, num_axes:] & 1
-    cell_BMD = torch.where(flip_BD[:, None, :] == 1, size_D - 1 - cell_MD, cell_MD) + shift_BD[:, None, :]
-    return hilbert_index(cell_BMD, num_bits).argsort(dim=1, stable=True)
+    cells = []
+    for axis, cell_BC in enumerate(unravel_index(index_BC, map_shape)):
+        size = map_shape[axis]
+        shift_B1 = words_BD[:, axis, None] % ((1 << num_bits) - size + 1)
+        is_flipped_B1 = words_BD[:, num_axes + axis, None] & 1 == 1
+        cells.append(torch.where(is_flipped_B1, size - 1 - cell_BC, cell_BC) + shift_B1)
+    return hilbert_index(torch.stack(cells, dim=-1), num_bits)
 
 
 def hilbert_index(cell: Tensor, num_bits: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ats_stream.errors import InputError
 from ats_stream.sampling.balanced import balanced_draw
 from ats_stream.sampling.logarithm import log
+from ats_stream.sampling.packing import PADDING_INDEX
 from ats_stream.sampling.philox import Noise
 from ats_stream.sampling.race import (
-    PADDING_INDEX,
     Order,
     Race,
     exponentials,
@@ -193,14 +193,15 @@ def _arrivals(race: Race, noise: Noise) -> tuple[Tensor, Tensor]:
 def _finish_balanced(logits_BM: Tensor, num_samples: int, noise: Noise, map_shape: tuple[int, ...]) -> Draw:
     log_normaliser_B = logits_BM.double().logsumexp(dim=1)
     log_q_BM = logits_BM.double() - log_normaliser_B[:, None]
-    index_BN, inclusion_BN, drawn_BN = balanced_draw(log_q_BM, num_samples, noise, map_shape)
-    log_q_BN = log_q_BM.gather(1, index_BN).masked_fill(~drawn_BN, _NEGATIVE_INFINITY)
+    index_BN, inclusion_BN, num_drawn_B = balanced_draw(log_q_BM, num_samples, noise, map_shape)
+    padding_BN = torch.arange(num_samples, device=index_BN.device) >= num_drawn_B[:, None]
+    log_q_BN = log_q_BM.gather(1, index_BN).masked_fill(padding_BN, _NEGATIVE_INFINITY)
     unused_B = torch.zeros_like(log_normaliser_B)
     return Draw(
         index=index_BN,
         log_prob=log_q_BN.float(),
         weight=weights_from_logs(log_q_BN, unused_B, "balanced", inclusion_BN).float(),
-        num_drawn=drawn_BN.sum(dim=1),
+        num_drawn=num_drawn_B,
         scheme="balanced",
         log_normaliser=log_normaliser_B,
         noise=noise,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ats_stream.sampling.logarithm import log, minus_log1m
+from ats_stream.sampling.packing import PADDING_INDEX, pack_drawable
 from ats_stream.sampling.philox import Noise, unit_from_words
 
 if TYPE_CHECKING:
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
 
 Order = Literal["race", "logit"]
 
-PADDING_INDEX = 1 << 62  # above every position, and exact where torch passes it through a float
 _BLOCK_VALUES = 1 << 20  # rows * positions handled at once
 _SPARE_CANDIDATES = 8
-_COMPACT_SHARE = 0.25  # consecutive positions share a counter, so a gathered one costs four times as much
 _BOUND_MARGIN = 1e-9  # covers the last places in which a library's log differs from ours
 
 
@@ -109,38 +108,21 @@ def smallest_first(key_BP: Tensor, index_BP: Tensor) -> Tensor:
 
 
 def exponentials(index: Tensor, noise: Noise, arrival: int | Tensor = 0) -> Tensor:
-    """Unit exponentials E, float64: the waiting time before arrival number ``arrival`` at each position."""
-    high = noise.words(index, 2 * arrival)
-    low = noise.words(index, 2 * arrival + 1)
-    return minus_log1m(unit_from_words(high, low))
+    """Unit exponentials E, float64: the wait for arrival number ``arrival`` at each ``index`` (B, P, ...)."""
+    first = torch.as_tensor(2 * arrival, device=index.device)
+    high_and_low = noise.words(index[..., None], torch.stack([first, first + 1], dim=-1))
+    return minus_log1m(unit_from_words(*high_and_low.unbind(dim=-1)))
 
 
 def _blocks(logits_BM: Tensor, global_index: Tensor | None) -> Iterator[tuple[Tensor, Tensor | int]]:
     """Cut the map into blocks; with each comes its index tensor, or the first index of a run."""
     if global_index is None:
-        logits_BM, global_index = _drop_impossible(logits_BM)
+        logits_BM, global_index = pack_drawable(logits_BM)
     num_rows, num_positions = logits_BM.shape
     block = max(_BLOCK_VALUES // num_rows // 4 * 4, 4096)
     for start in range(0, num_positions, block):
         part = slice(start, min(start + block, num_positions))
         yield logits_BM[:, part], start if global_index is None else global_index[..., part]
-
-
-def _drop_impossible(logits_BM: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Pack the drawable positions of each row to the left when they are few: logits and index (B, C)."""
-    drawable_BM = logits_BM > float("-inf")
-    count_B = drawable_BM.sum(dim=1)
-    num_packed = int(count_B.max())
-    if num_packed > _COMPACT_SHARE * logits_BM.shape[1]:
-        return logits_BM, None
-    row, column = drawable_BM.nonzero(as_tuple=True)
-    first_B = count_B.cumsum(0) - count_B
-    place = torch.arange(len(row), device=row.device) - first_B[row]
-    index_BC = torch.full((len(count_B), num_packed), PADDING_INDEX, dtype=torch.int64, device=row.device)
-    index_BC[row, place] = column
-    packed_BC = logits_BM.new_full(index_BC.shape, float("-inf"))
-    packed_BC[row, place] = logits_BM[row, column]
-    return packed_BC, index_BC
 
 
 def _run_block(logits_BP: Tensor, index: Tensor | int, num_kept: int, noise: Noise, order: Order) -> Race:
@@ -184,7 +166,8 @@ def _run_candidates(
     last_kept_B = key_BC.kthvalue(num_kept, dim=1).values
     largest_bound_B = bound_BC.amax(dim=1)
     # a bound of +inf among the candidates says that they hold every drawable position
-    sure_B = (last_kept_B + _BOUND_MARGIN < largest_bound_B) | (largest_bound_B == float("inf"))
+    margin_B = _BOUND_MARGIN * (1 + last_kept_B.abs())
+    sure_B = (last_kept_B + margin_B < largest_bound_B) | (largest_bound_B == float("inf"))
     return _race_of(logits_BP, index_BP, key_BC, place_BC, num_kept) if bool(sure_B.all()) else None
 
 

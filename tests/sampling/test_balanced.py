@@ -5,7 +5,7 @@ import torch
 
 from ats_stream.sampling import draw, estimator_weights, expectation
 from ats_stream.sampling.balanced import (
-    curve_order,
+    curve_places,
     hilbert_index,
     inclusion_probabilities,
     systematic_sample,
@@ -83,13 +83,23 @@ def test_hilbert_curve_visits_every_cell_by_single_steps(num_axes, num_bits):
 
 
 @pytest.mark.parametrize("map_shape", [(7,), (1, 1), (5, 9), (16, 3), (3, 4, 5)])
-def test_curve_order_visits_every_cell_of_any_box(map_shape):
+def test_cells_of_any_box_have_places_of_their_own_anew_for_each_stream(map_shape):
     num_positions = int(torch.tensor(map_shape).prod())
-    noise = Noise(seed=3, stream_ids=torch.arange(20))
-    order_BM = curve_order(map_shape, noise)
-    assert torch.equal(order_BM.sort(dim=1).values, torch.arange(num_positions).expand(20, -1))
+    index_BM = torch.arange(num_positions).expand(20, -1)
+    place_BM = curve_places(index_BM, map_shape, Noise(seed=3, stream_ids=torch.arange(20)))
+    assert all(len(set(row)) == num_positions for row in place_BM.tolist())
     if num_positions > 7:
-        assert len({tuple(row) for row in order_BM.tolist()}) > 5
+        assert len({tuple(row) for row in place_BM.argsort(dim=1).tolist()}) > 5
+
+
+def test_masked_map_is_sampled_like_its_drawable_part():
+    # the same row among full rows is handled unpacked: nothing may change
+    logits_BM = vector(8, 3, 400)
+    logits_BM[0, 30:] = float("-inf")
+    together = draw(logits_BM, 6, scheme="balanced", map_shape=(20, 20))
+    alone = draw(logits_BM[:1], 6, scheme="balanced", map_shape=(20, 20))
+    assert torch.equal(together.index[:1], alone.index)
+    assert torch.equal(together.weight[:1], alone.weight)
 
 
 @pytest.mark.parametrize("map_shape", [(30,), (5, 6), (2, 3, 5)])

@@ -265,3 +265,15 @@ def test_bad_input():
         attention_sampling(attention_net(), TwoAxes(), patch_size=8)(x_low, x_high)
     with pytest.raises(InputError, match="inclusion"):
         Expectation(scheme="balanced")(torch.zeros(1, 2, 3), torch.full((1, 2), 0.25))
+
+
+def test_ranks_of_a_process_group_draw_apart(monkeypatch):
+    x_low, x_high = views()
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        model = attention_sampling(attention_net(), PatchMean(), n_patches=4)
+        model(x_low, x_high)
+        drawn.extend(model.last_draw.noise.stream_ids.tolist())
+    assert len(set(drawn)) == 4

@@ -2,14 +2,15 @@ import torch
 
 from ats_stream.sampling import race as race_module
 from ats_stream.sampling.logarithm import log
+from ats_stream.sampling.packing import PADDING_INDEX
 from ats_stream.sampling.philox import Noise
-from ats_stream.sampling.race import PADDING_INDEX, exponentials, run_race
+from ats_stream.sampling.race import exponentials, run_race
 
 
 def plain_race(logits_BM: torch.Tensor, num_kept: int, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, with all 53 bits at every position."""
     index_M = torch.arange(logits_BM.shape[1])
-    key_BM = log(exponentials(index_M, noise)) - logits_BM.double()
+    key_BM = log(exponentials(index_M[None], noise)) - logits_BM.double()
     key_BM = torch.where(logits_BM == float("-inf"), float("inf"), key_BM)
     sorted_BM = key_BM.sort(dim=1, stable=True)
     return sorted_BM.values[:, :num_kept], sorted_BM.indices[:, :num_kept]
