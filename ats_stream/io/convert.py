@@ -152,7 +152,7 @@ def working_memory_bytes(shape: Sequence[int], dtype: npt.DTypeLike, config: Con
         math.prod((s[0], min(config.shard_px, s[1]), min(config.shard_px, s[2]))) * item for s in shapes
     ]
     view = math.prod(shapes[tissue_level(shapes, [2**i for i in range(len(shapes))], (1, 1))]) * item
-    return sum(blocks) + 4 * blocks[0] + 16 * view
+    return sum(blocks) + 4 * blocks[0] + 12 * view
 
 
 def convert(

@@ -215,7 +215,8 @@ def open_slide(path: str | os.PathLike[str]) -> Any:
     """
     import openslide
 
-    from ats_stream.io.tiff import TiffSlide, is_tiff
+    from ats_stream.io.tiff import TiffSlide
+    from ats_stream.io.tiff_pages import is_tiff
 
     path = Path(path)
     if not path.exists():

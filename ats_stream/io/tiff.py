@@ -20,12 +20,12 @@ import numpy.typing as npt
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io.ngff import MICROMETRES
 from ats_stream.io.slides import OpenSlideSource, _Closing, describe
+from ats_stream.io.tiff_pages import check_pages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Array = npt.NDArray[Any]
-TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # decoded tiles kept, so that those under the border of two regions are decoded once
 CACHE_BYTES = 64 << 20  # 64 MiB
 # a strip can be the whole image; beyond this one read would not be bounded any more
@@ -34,12 +34,6 @@ MAX_TILE_BYTES = 1 << 30  # 1 GiB
 MAX_TAG_PIXEL_UM = 100.0
 JPEG = 7
 PHOTOMETRICS = {1: "MINISBLACK", 2: "RGB", 6: "YCBCR"}
-
-
-def is_tiff(path: Path) -> bool:
-    """Whether a file begins like a TIFF or BigTIFF."""
-    with path.open("rb") as file:
-        return file.read(4) in TIFF_HEADS
 
 
 class TiffSlide(_Closing):
@@ -51,7 +45,7 @@ class TiffSlide(_Closing):
         self.path, self.name = str(path), path.stem
         self._vendor, self._file = vendor, path
         self.source_bytes = path.stat().st_size
-        check_page_chain(path)
+        check_pages(path)
         try:
             self._tiff = tifffile.TiffFile(path)
         except (tifffile.TiffFileError, ValueError, IndexError, KeyError, struct.error) as error:
@@ -285,29 +279,3 @@ def _pair(y: Any, x: Any) -> tuple[float, float] | None:
     except (TypeError, ValueError):
         return None
     return pair if all(0 < v < float("inf") for v in pair) else None
-
-
-def check_page_chain(path: Path) -> None:
-    """SlideError when a page of the TIFF's chain lies past the end of the file, as in a copy cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-        order = "<" if head[:2] == b"II" else ">"
-        is_big = head[2:4] in (b"+\0", b"\0+")
-        count_format, entry_bytes, next_format = (
-            (order + "Q", 20, order + "Q") if is_big else (order + "H", 12, order + "I")
-        )
-        try:
-            offset = struct.unpack(next_format, head[8:16] if is_big else head[4:8])[0]
-            seen: set[int] = set()
-            while offset and offset not in seen:
-                seen.add(offset)
-                file.seek(offset)
-                count = struct.unpack(count_format, file.read(struct.calcsize(count_format)))[0]
-                if offset + count * entry_bytes > size:
-                    raise SlideError(str(path), f"truncated: page {len(seen) - 1} ends past its {size} bytes")
-                file.seek(count * entry_bytes, os.SEEK_CUR)
-                offset = struct.unpack(next_format, file.read(struct.calcsize(next_format)))[0]
-        except struct.error as error:
-            where = f"page {max(0, len(seen) - 1)} at byte {offset}" if head[8:] else "its head"
-            raise SlideError(str(path), f"truncated: {where} lies past its {size} bytes") from error
