@@ -1,0 +1,1 @@
+"""The commands of the command line, each with ``add_arguments(parser)`` and ``run(arguments) -> result``."""

@@ -1,0 +1,84 @@
+"""Items to tensors, and what a model makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ats_stream.models import Batch
+from ats_stream.sampling import effective_sample_share
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from ats_stream.models import PatchClassifier, Prediction
+    from ats_stream.workers.protocol import Array, Item
+    from ats_stream.workers.stream import Stream
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Copy the items' arrays (read-only in Ray's object store) into the tensors of a batch."""
+    return Batch(
+        views_CYX=[_tensor(item.view_CYX) for item in items],
+        log_priors_YX=[_log_prior(item) for item in items],
+        crops_BNCPP=torch.from_numpy(np.stack([item.crops_NCPP for item in items])),
+        index_BN=torch.from_numpy(np.stack([item.index_N for item in items])),
+        weight_BN=torch.from_numpy(np.stack([item.weight_N for item in items])),
+    )
+
+
+def log_prior_of(prior_YX: Array | None) -> Tensor | None:
+    """Mask (Y, X) -> log-prior (Y, X): 0 where positions may be drawn, -inf elsewhere.
+
+    >>> log_prior_of(np.array([[True, False]]))
+    tensor([[0., -inf]])
+    """
+    if prior_YX is None:
+        return None
+    drawable_YX = _tensor(prior_YX)
+    return torch.zeros(drawable_YX.shape).masked_fill(~drawable_YX, -torch.inf)
+
+
+def _log_prior(item: Item) -> Tensor | None:
+    return log_prior_of(item.prior_YX)
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def effective_share(items: Sequence[Item], prediction: Prediction) -> Tensor:
+    """Effective sample size of each draw as a share of N, (B,): 1 while the attention that drew is fresh."""
+    weight_BN = torch.from_numpy(np.stack([item.weight_N for item in items]))
+    q_BN = torch.from_numpy(np.stack([item.log_q_N for item in items])).exp()
+    return effective_sample_share(weight_BN, q_BN, prediction.attention_BN.detach().cpu())
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One image seen by a model that does not change."""
+
+    item: Item
+    probability_K: Array
+    """Class probabilities, float32."""
+    attention_N: Array
+    """Attention of the drawn positions, float32."""
+
+
+def evaluate(model: PatchClassifier, stream: Stream, device: torch.device) -> Iterator[Evaluated]:
+    """Run a model over a stream; visits of share 0, which only fill a batch, are left out."""
+    model.eval()
+    with torch.inference_mode():
+        while stream.step < stream.plan.num_steps:
+            items = stream.next_step()
+            prediction = model(collate(items).to(device))
+            probability_BK = prediction.class_logits_BK.softmax(1).cpu().numpy()
+            attention_BN = prediction.attention_BN.cpu().numpy()
+            for item, probability_K, attention_N in zip(items, probability_BK, attention_BN, strict=True):
+                if item.visit.share > 0:
+                    yield Evaluated(item, probability_K, attention_N)

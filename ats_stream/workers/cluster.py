@@ -1,0 +1,218 @@
+"""Ray: joining or starting a cluster, and Ray Train around the training loop."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ats_stream.errors import AtsStreamError, ClusterError
+from ats_stream.workers.metrics import follow_metrics
+from ats_stream.workers.trainer import TrainJob, train_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from ats_stream.models import PatchClassifier
+    from ats_stream.workers.config import ClusterConfig
+    from ats_stream.workers.metrics import Record
+
+POLL_INTERVAL_S = 0.3
+# where Ray Train keeps its own notes in the run folder; our checkpoints stand beside them
+RAY_TRAIN_NAME = "ray-train"
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig, *, cpus_needed: float) -> Iterator[None]:
+    """Be connected to Ray: the running one, that of ``address`` or $RAY_ADDRESS, or one started here.
+
+    A cluster started here is shut down at the end. Raises ClusterError when the cluster cannot be reached, or
+    has fewer CPUs or GPUs than the run needs.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    owned = not ray.is_initialized()
+    if owned:
+        _connect(config, cpus_needed)
+    try:
+        _check_resources(config, cpus_needed)
+        yield
+    finally:
+        if owned:
+            ray.shutdown()
+
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # a report waits for the next health check of the ranks, by default up to 2 s at each epoch's end
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Ray's workers would otherwise warn about a variable that only matters with accelerators
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def _connect(config: ClusterConfig, cpus_needed: float) -> None:
+    import ray
+
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # CPUs are only bookkeeping here: small machines share their cores
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(-(-cpus_needed // 1))),
+                include_dashboard=False,
+                object_store_memory=config.object_store_bytes,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
+        raise ClusterError(f"cannot reach {where}: {_first_line(error)}") from error
+
+
+def _check_resources(config: ClusterConfig, cpus_needed: float) -> None:
+    import ray
+
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray types it partly
+    if there.get("CPU", 0) + 1e-6 < cpus_needed:
+        raise ClusterError(
+            f"the Ray cluster has {there.get('CPU', 0):g} CPUs, the run needs {cpus_needed:g}; "
+            "lower --ranks, --cpus-per-rank or --cpus-per-sampler"
+        )
+    if config.use_gpu and there.get("GPU", 0) < config.num_ranks:
+        raise ClusterError(
+            f"the Ray cluster has {there.get('GPU', 0):g} GPUs, the run needs {config.num_ranks}"
+        )
+
+
+class RayRanks:
+    """This process as a rank of Ray Train."""
+
+    def __init__(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+
+    def wrap(self, model: PatchClassifier) -> nn.Module:
+        """DistributedDataParallel around the model."""
+        import ray.train.torch
+
+        wrapped: nn.Module = ray.train.torch.prepare_model(model)
+        return wrapped
+
+    def total(self, values: Tensor) -> Tensor:
+        """All-reduce; in float64 on the CPU, in float32 where the backend is nccl."""
+        summed = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu()
+
+    def report(self, numbers: dict[str, float]) -> None:
+        """A barrier over the ranks, which also tells Ray Train that they live."""
+        import ray.train
+
+        ray.train.report(numbers)
+
+
+def _ray_rank(loop_config: dict[str, Any]) -> None:
+    job: TrainJob = loop_config["job"]
+    torch.set_num_threads(job.cluster.threads_per_rank)
+    train_rank(job, RayRanks())
+
+
+def fit_with_ray(job: TrainJob, run_dir: Path, on_record: Callable[[Record], None]) -> None:
+    """Run the training loop in ``num_ranks`` processes of Ray Train, and follow its metrics.
+
+    Raises what a rank raised, if that is one of our errors, else ClusterError. KeyboardInterrupt ends the
+    ranks.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = job.cluster
+    resources = {"CPU": cluster.cpus_per_rank}
+    if cluster.use_gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        _ray_rank,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_ranks, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{RAY_TRAIN_NAME}-{time.time_ns()}",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    failure = _fit_in_thread(trainer, run_dir, on_record)
+    if failure is not None:
+        raise _in_our_words(failure) from failure
+
+
+def _fit_in_thread(trainer: Any, run_dir: Path, on_record: Callable[[Record], None]) -> BaseException | None:
+    """Fit beside the main thread, which shows the metrics and stays open to Ctrl-C.
+
+    In the main thread Ray Train would put a handler of its own on Ctrl-C that ends in exit code 0.
+    """
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    seen_bytes = follow_metrics(run_dir, 0)[1]
+    thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
+    thread.start()
+    while True:
+        thread.join(POLL_INTERVAL_S)
+        records, seen_bytes = follow_metrics(run_dir, seen_bytes)
+        for record in records:
+            on_record(record)
+        if not thread.is_alive():
+            return failures[0] if failures else None
+
+
+def _in_our_words(failure: BaseException) -> AtsStreamError:
+    """The first of our own errors behind a failure of Ray Train, or its first line."""
+    for error in _causes(failure):
+        if isinstance(error, AtsStreamError):
+            return error
+    ranks = getattr(failure, "worker_failures", {})
+    reasons = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in ranks.items())
+    return ClusterError(f"training failed: {reasons or _first_line(failure)}")
+
+
+def _causes(failure: BaseException) -> Iterator[BaseException]:
+    waiting: list[BaseException | None] = [failure]
+    while waiting:
+        error = waiting.pop(0)
+        if error is None:
+            continue
+        yield error
+        waiting += getattr(error, "worker_failures", {}).values()
+        waiting += [getattr(error, "cause", None), getattr(error, "_exception", None), error.__cause__]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

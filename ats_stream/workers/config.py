@@ -1,0 +1,159 @@
+"""The configuration of a training run, and how it is kept with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ats_stream.errors import CheckpointError, InputError
+from ats_stream.files import write_atomic
+from ats_stream.models import ModelConfig
+from ats_stream.workers.sampler import SamplerConfig
+from ats_stream.workers.stream import DEFAULT_WINDOW
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+EXECUTORS = ("serial", "ray")
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a model is trained. What changes the result; where it runs is :class:`ClusterConfig`."""
+
+    num_epochs: int = 10
+    """Passes over the training split."""
+    batch_size: int = 8
+    """Images in a step, over all ranks; the number of ranks divides it."""
+    lr: float = 1e-3
+    """Learning rate of AdamW at the start."""
+    decay_share: float = 0.4
+    """Last share of the steps in which the learning rate falls linearly to 0."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of a step."""
+    entropy_weight: float = 0.0
+    """Weight of the attention's entropy, which is rewarded; keeps attention from collapsing early."""
+    lag: int = 0
+    """Steps by which the attention that draws is behind; 1 and more overlap drawing with training."""
+    publish_interval: int = 1
+    """Steps between versions of the attention that draw."""
+    seed: int = 0
+    """Seed of the initial weights, of the order and of the draws."""
+    checkpoint_interval: int = 0
+    """Steps between checkpoints; 0 for one at the end of each epoch."""
+    train_split: str = "train"
+    """Split of the archive table that is trained on."""
+    val_split: str = "val"
+    """Split that is evaluated after each epoch; none if the table has no such rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "batch_size", "publish_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "entropy_weight", "lag", "checkpoint_interval"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share must lie in [0, 1], got {self.decay_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where a run computes; changing it between two runs of one folder is fine."""
+
+    executor: str = "serial"
+    """``serial``: all in this process. ``ray``: ranks under Ray Train, each with its own sampler actors."""
+    num_ranks: int = 2
+    """Training processes (``ray`` only)."""
+    samplers_per_rank: int = 1
+    """Sampler actors of each rank (``ray`` only)."""
+    cpus_per_rank: float = 1.0
+    """CPUs that Ray sets aside for a rank."""
+    cpus_per_sampler: float = 1.0
+    """CPUs that Ray sets aside for a sampler."""
+    use_gpu: bool = False
+    """Whether each rank gets a GPU (backend nccl instead of gloo)."""
+    threads_per_rank: int = 1
+    """Threads of torch in each rank; a serial run uses as many as there are cores."""
+    window: int = DEFAULT_WINDOW
+    """Items that a rank has on order at a time."""
+    max_failures: int = 0
+    """How often Ray Train starts the ranks again, from the last checkpoint, after one has died."""
+    address: str | None = None
+    """Address of the Ray cluster; by default $RAY_ADDRESS, else a cluster of this machine is started."""
+    object_store_bytes: int = 256 << 20  # 256 MiB
+    """Object store of a cluster started here."""
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
+        for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def world_size(self) -> int:
+        """Training processes."""
+        return self.num_ranks if self.executor == "ray" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides the result of a run."""
+
+    model: ModelConfig
+    sampler: SamplerConfig
+    trainer: TrainerConfig
+    classes: tuple[str, ...]
+    """Labels of the archive table in the order of the model's outputs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries and lists."""
+        return {**dataclasses.asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The reverse of ``to_dict``; CheckpointError for fields unknown, missing or out of range."""
+        try:
+            return cls(
+                model=ModelConfig(**values["model"]),
+                sampler=SamplerConfig(**values["sampler"]),
+                trainer=TrainerConfig(**values["trainer"]),
+                classes=tuple(values["classes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the run's configuration does not fit this version: {error}") from error
+
+    def write(self, run_dir: Path) -> None:
+        """Keep the configuration with the run."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        write_atomic(run_dir / CONFIG_FILE, text.encode())
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError naming the first field in which two configurations differ."""
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            check_same(old, value, f"{where}: {name}" if where else name)
+        elif old != value:
+            raise CheckpointError(f"{where}: {name} was {old!r} and is now {value!r}; use another run folder")
+
+
+def check_world(batch_size: int, world_size: int) -> None:
+    """Raise InputError unless the batch splits evenly over the ranks."""
+    if batch_size % world_size:
+        raise InputError(f"batch_size {batch_size} does not split evenly over {world_size} ranks")

@@ -1,0 +1,157 @@
+"""Who computes items: this process, or Ray actors. Both give the same items."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ats_stream.errors import ClusterError, InputError
+from ats_stream.workers.sampler import PatchSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ats_stream.models import ModelConfig
+    from ats_stream.workers.plan import Visit
+    from ats_stream.workers.protocol import AttentionWeights, Item
+    from ats_stream.workers.sampler import SamplerConfig
+
+# a sampler that dies (out of memory, lost node) is started again, and the calls it owed are repeated
+ACTOR_RESTARTS = -1
+
+
+class Pending(Protocol):
+    """An item that was asked for."""
+
+    def result(self) -> Item:
+        """Wait for the item."""
+
+
+class Executor(Protocol):
+    """Computes items in any order and at any time between ``submit`` and ``result``."""
+
+    def submit(self, visit: Visit, weights: AttentionWeights) -> Pending:
+        """Ask for an item."""
+
+    def close(self) -> None:
+        """Give back what the executor holds; items still pending are lost."""
+
+
+class SerialExecutor:
+    """Computes each item in this process when it is waited for: the reference."""
+
+    def __init__(self, sampler: PatchSampler) -> None:
+        self.sampler = sampler
+
+    def submit(self, visit: Visit, weights: AttentionWeights) -> Pending:
+        """Remember the visit."""
+        return _Deferred(self.sampler, visit, weights)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class _Deferred:
+    def __init__(self, sampler: PatchSampler, visit: Visit, weights: AttentionWeights) -> None:
+        self._call = (sampler, visit, weights)
+
+    def result(self) -> Item:
+        sampler, visit, weights = self._call
+        return sampler.sample(visit, weights)
+
+
+class RayExecutor:
+    """A pool of sampler actors owned by this process, so that they die with it.
+
+    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items.
+    """
+
+    def __init__(
+        self,
+        slides: Sequence[str],
+        labels: Sequence[int],
+        model: ModelConfig,
+        config: SamplerConfig,
+        *,
+        num_samplers: int,
+        cpus_per_sampler: float,
+        gpus_per_sampler: float = 0.0,
+    ) -> None:
+        import ray
+
+        from ats_stream.workers.actors import SamplerActor
+
+        # the table is put into the object store once, whatever the number of actors
+        table = ray.put((list(slides), list(labels)))
+        options = SamplerActor.options(  # type: ignore[attr-defined]  # the decorator adds it
+            num_cpus=cpus_per_sampler,
+            num_gpus=gpus_per_sampler,
+            max_restarts=ACTOR_RESTARTS,
+            max_task_retries=ACTOR_RESTARTS,
+        )
+        self._actors = [options.remote([table], model, config) for _ in range(num_samplers)]
+        self._owed = [0] * num_samplers
+        self._published: dict[str, Any] = {}
+
+    def submit(self, visit: Visit, weights: AttentionWeights) -> Pending:
+        """Send the visit to the actor that owes the fewest items."""
+        import ray
+
+        if weights.key not in self._published:
+            # only the newest few versions can still be asked for
+            self._published = dict(list(self._published.items())[-8:])
+            self._published[weights.key] = ray.put(weights)
+        number = min(range(len(self._actors)), key=self._owed.__getitem__)
+        self._owed[number] += 1
+        reference = self._actors[number].sample.remote(visit, weights.key, [self._published[weights.key]])
+        return _Remote(self, number, reference)
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _done(self, number: int) -> None:
+        self._owed[number] -= 1
+
+
+class _Remote:
+    def __init__(self, executor: RayExecutor, number: int, reference: Any) -> None:
+        self._executor, self._number, self._reference = executor, number, reference
+
+    def result(self) -> Item:
+        import ray
+
+        try:
+            item: Item = ray.get(self._reference)
+        except ray.exceptions.RayTaskError as error:
+            # our own error, in its own words, without the actor's traceback
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, Exception) else error) from None
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(f"a sampler died and could not be started again: {error}") from error
+        finally:
+            self._executor._done(self._number)
+        return item
+
+
+def make_executor(
+    kind: str,
+    slides: Sequence[str],
+    labels: Sequence[int],
+    model: ModelConfig,
+    config: SamplerConfig,
+    *,
+    num_samplers: int = 1,
+    cpus_per_sampler: float = 1.0,
+) -> Executor:
+    """An executor by name: ``serial`` computes in this process, ``ray`` in ``num_samplers`` actors."""
+    if kind == "serial":
+        return SerialExecutor(PatchSampler(slides, labels, model, config))
+    if kind == "ray":
+        return RayExecutor(
+            slides, labels, model, config, num_samplers=num_samplers, cpus_per_sampler=cpus_per_sampler
+        )
+    raise InputError(f"executor must be serial or ray, got {kind!r}")

@@ -1,0 +1,123 @@
+"""Who looks at what, when, and with which version of the attention: a pure function of the step.
+
+Nothing here depends on timing, on the number of workers, or on what has run before, so a run can be cut
+anywhere and go on, and any executor delivers the same items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One look at one image."""
+
+    image: int
+    """Row of the archive table."""
+    step: int
+    """Global step that the visit belongs to."""
+    stream_id: int
+    """Key of the visit's random draws together with the seed: one for each (epoch, image)."""
+    version: int
+    """Which weights of the attention draw: those after this many optimiser steps."""
+    share: float
+    """Weight of the image in the step's loss; 0 for a visit that only fills the last batch of an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All steps of a run.
+
+    An epoch visits every image once, in an order drawn from (seed, epoch). Its last batch is filled up from
+    the front of the same order with visits of share 0, so the global batch is constant and every world size
+    that divides it computes the same step.
+
+    >>> plan = Plan(images=(7, 8, 9), batch_size=2, num_epochs=1, seed=0, shuffle=False)
+    >>> [[(v.image, v.share) for v in plan.visits(step)] for step in range(plan.num_steps)]
+    [[(7, 0.5), (8, 0.5)], [(9, 1.0), (7, 0.0)]]
+    """
+
+    images: tuple[int, ...]
+    """Rows of the archive table that are visited."""
+    batch_size: int
+    """Images in a step, over all ranks."""
+    num_epochs: int
+    """Passes over the images."""
+    seed: int
+    """Seed of the order."""
+    shuffle: bool = True
+    """Whether each epoch has an order of its own; otherwise that of ``images``."""
+    lag: int | None = 0
+    """Steps by which the attention that draws is older than the one that trains; None: never updated."""
+    publish_interval: int = 1
+    """Steps between versions of the attention that may draw."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("images is empty: nothing to visit")
+        for name in ("batch_size", "num_epochs", "publish_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lag is not None and self.lag < 0:
+            raise ValueError(f"lag must be at least 0, got {self.lag}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every image once."""
+        return -(-len(self.images) // self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.num_epochs
+
+    def version_of(self, step: int) -> int:
+        """The version of the attention that draws the items of a step: a function of the step alone.
+
+        >>> plan = Plan(images=(0,), batch_size=1, num_epochs=9, seed=0, lag=2, publish_interval=3)
+        >>> [plan.version_of(step) for step in range(9)]
+        [0, 0, 0, 0, 0, 3, 3, 3, 6]
+        """
+        if self.lag is None:
+            return 0
+        return max(0, step - self.lag) // self.publish_interval * self.publish_interval
+
+    def is_published(self, version: int) -> bool:
+        """Whether any step draws with this version."""
+        return version == 0 or (self.lag is not None and version % self.publish_interval == 0)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Rows of the archive table in the order in which an epoch visits them."""
+        images = np.asarray(self.images, dtype=np.int64)
+        if not self.shuffle:
+            return images
+        key = np.array([self.seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(images)
+
+    def visits(self, step: int) -> tuple[Visit, ...]:
+        """The visits of one step, ``batch_size`` of them, over all ranks."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch)
+        slots = np.arange(step_in_epoch * self.batch_size, (step_in_epoch + 1) * self.batch_size)
+        num_real = int((slots < len(order)).sum())
+        return tuple(
+            Visit(
+                image=int(order[slot % len(order)]),
+                step=step,
+                stream_id=(epoch << 32) + int(order[slot % len(order)]),
+                version=self.version_of(step),
+                share=1.0 / num_real if slot < len(order) else 0.0,
+            )
+            for slot in slots
+        )
+
+    def visits_of_rank(self, step: int, rank: int, world_size: int) -> tuple[Visit, ...]:
+        """The part of a step that one rank trains on; ValueError if ranks do not divide the batch."""
+        if self.batch_size % world_size:
+            raise ValueError(f"world size {world_size} does not divide the batch of {self.batch_size}")
+        per_rank = self.batch_size // world_size
+        return self.visits(step)[rank * per_rank : (rank + 1) * per_rank]

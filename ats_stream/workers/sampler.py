@@ -1,0 +1,197 @@
+"""From a slide to an item: read the view, compute attention, draw, fetch the drawn patches.
+
+A sampler is a plain object without memory of earlier visits (its caches never change an item), so it runs
+as well in the training process as in an actor, and a lost call can be repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ats_stream.errors import InputError, SlideError
+from ats_stream.io import open_pyramid
+from ats_stream.models import AttentionNet, ModelConfig
+from ats_stream.sampling import draw, log_attention, patch_offsets
+from ats_stream.workers.batch import log_prior_of
+from ats_stream.workers.cache import ByteCache
+from ats_stream.workers.protocol import Array, AttentionWeights, Item
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ats_stream.io import Level, Pyramid
+    from ats_stream.workers.plan import Visit
+
+# one thread whatever the process around it uses: the sums of a convolution then have one order everywhere
+SAMPLER_THREADS = 1
+MAX_OPEN_PYRAMIDS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """What is looked at and how positions are drawn."""
+
+    num_patches: int = 10
+    """Patches drawn from each image (N)."""
+    patch_px: int = 64
+    """Side of a patch in full-resolution pixels."""
+    view_downsample: float = 32.0
+    """Downsampling factor of the low-resolution view; the nearest level is taken."""
+    scheme: str = "murthy"
+    """How positions are drawn and weighed: see ats_stream.sampling.draw."""
+    prior_label: str | None = None
+    """Name of a label image (``tissue``, ``foreground``) outside which nothing is drawn."""
+    seed: int = 0
+    """Seed of all draws."""
+    cache_bytes: int = 128 << 20  # 128 MiB
+    """Low-resolution views kept in memory by each sampler."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_patches", "patch_px"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.view_downsample >= 1:
+            raise ValueError(f"view_downsample must be at least 1, got {self.view_downsample}")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes must not be negative, got {self.cache_bytes}")
+
+
+@dataclass(frozen=True)
+class View:
+    """The low-resolution side of one image."""
+
+    pixels_CYX: Array
+    prior_YX: Array | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.pixels_CYX.nbytes + (0 if self.prior_YX is None else self.prior_YX.nbytes)
+
+
+class PatchSampler:
+    """Turn visits into items.
+
+    ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into.
+    """
+
+    def __init__(
+        self, slides: Sequence[str], labels: Sequence[int], model: ModelConfig, config: SamplerConfig
+    ) -> None:
+        self.slides = slides
+        self.labels = labels
+        self.config = config
+        self.attention = AttentionNet(model).requires_grad_(False)
+        self.num_channels = model.num_channels
+        self._attention_key: str | None = None
+        self._pyramids = ByteCache["Pyramid"](max_bytes=MAX_OPEN_PYRAMIDS, size_of=lambda _: 1)
+        self._views = ByteCache[View](max_bytes=config.cache_bytes, size_of=lambda view: view.num_bytes)
+
+    def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
+        """One item; the same for the same visit and weights, whatever was sampled before.
+
+        Raises SlideError, naming the slide, if it cannot be read or has no drawable position.
+        """
+        start_s = time.perf_counter()
+        self._load(weights)
+        config, slide = self.config, self.slides[visit.image]
+        pyramid = self._pyramids.get(slide, lambda: open_pyramid(slide))
+        view = self._views.get(slide, lambda: self._read_view(slide, pyramid))
+        map_shape = view.pixels_CYX.shape[1:]
+        with _threads(SAMPLER_THREADS), torch.inference_mode():
+            logits_1M = self.attention(torch.from_numpy(view.pixels_CYX)[None]).flatten(1)
+            try:
+                log_prior = log_prior_of(view.prior_YX)
+                log_a_1M = log_attention(logits_1M, None if log_prior is None else log_prior.reshape(1, -1))
+                drawn = draw(
+                    log_a_1M,
+                    config.num_patches,
+                    scheme=config.scheme,
+                    seed=config.seed,
+                    stream_ids=[visit.stream_id],
+                    map_shape=map_shape,
+                )
+            except InputError as error:
+                raise SlideError(slide, f"nothing can be drawn: {error}") from error
+        full = pyramid.levels[0]
+        size = (config.patch_px,) * len(map_shape)
+        offsets_ND = patch_offsets(drawn.index, map_shape, full.shape[1:], size)[0].numpy()
+        before = pyramid.read_stats(0)
+        crops = pyramid.read_patches(0, offsets_ND, size)
+        after = pyramid.read_stats(0)
+        return Item(
+            visit=visit,
+            slide=slide,
+            label=self.labels[visit.image],
+            view_CYX=view.pixels_CYX,
+            prior_YX=view.prior_YX,
+            index_N=drawn.index[0].numpy(),
+            log_q_N=drawn.log_prob[0].numpy(),
+            weight_N=drawn.weight[0].float().numpy(),
+            num_drawn=int(drawn.num_drawn[0]),
+            offsets_ND=offsets_ND,
+            crops_NCPP=crops,
+            attention_key=weights.key,
+            stored_bytes=after.stored_bytes - before.stored_bytes,
+            decoded_bytes=after.decoded_bytes - before.decoded_bytes,
+            seconds=time.perf_counter() - start_s,
+        )
+
+    def _load(self, weights: AttentionWeights) -> None:
+        if weights.key != self._attention_key:
+            self.attention.load_state_dict(
+                {k: torch.from_numpy(np.array(v)) for k, v in weights.arrays.items()}
+            )
+            self._attention_key = weights.key
+
+    def _read_view(self, slide: str, pyramid: Pyramid) -> View:
+        level = view_level(pyramid, self.config.view_downsample)
+        if level.shape[0] != self.num_channels:
+            raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {self.num_channels}")
+        prior = None
+        if self.config.prior_label is not None:
+            prior = read_prior(pyramid, self.config.prior_label, level.shape[1:])
+        return View(pyramid.read(level), prior)
+
+
+def view_level(pyramid: Pyramid, downsample: float) -> Level:
+    """The level that serves as low-resolution view; SlideError if none is within a factor of 2."""
+    level = pyramid.level_for(downsample=downsample)
+    found = max(level.downsample)
+    if not downsample / 2 <= found <= downsample * 2:
+        there = ", ".join(f"{max(one.downsample):g}" for one in pyramid.levels)
+        raise SlideError(pyramid.slide, f"no level near downsampling {downsample:g}; there are {there}")
+    return level
+
+
+def read_prior(pyramid: Pyramid, label: str, map_shape: Sequence[int]) -> Array:
+    """A label image on the grid of the attention map: True where any pixel of the label touches the cell.
+
+    Raises SlideError if the label is absent or empty.
+    """
+    if label not in pyramid.label_names:
+        there = ", ".join(pyramid.label_names) or "none"
+        raise SlideError(pyramid.slide, f"no label {label!r} to draw within; labels there: {there}")
+    mask: Array = pyramid.label(label).read(0)[0] != 0
+    for axis, size in enumerate(map_shape):
+        first = np.arange(size) * mask.shape[axis] // size
+        mask = np.logical_or.reduceat(mask, first, axis=axis)
+    if not mask.any():
+        raise SlideError(pyramid.slide, f"label {label!r} is empty: no position can be drawn")
+    return mask
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+"""The stream of items: in the plan's order, whoever computes them and in whatever order they come."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ats_stream.workers.protocol import AttentionWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from ats_stream.workers.executors import Executor, Pending
+    from ats_stream.workers.plan import Plan, Visit
+    from ats_stream.workers.protocol import Item
+
+DEFAULT_WINDOW = 16
+"""Items that one rank has on order at a time: bounds the memory between samplers and trainer."""
+
+
+class Stream:
+    """The items of one rank, step by step.
+
+    ``publish`` hands over each version of the attention network as training makes it; the stream orders
+    items ahead as far as the window goes and as versions are there. With ``plan.lag = None`` version 0 draws
+    everything and the stream is simply an iterator.
+
+    Raises SlideError when a slide cannot be read, at the item it belongs to.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.plan, self.executor = plan, executor
+        self.rank, self.world_size, self.window = rank, world_size, window
+        self.step = start_step
+        """The step whose items come next."""
+        self.versions: dict[int, AttentionWeights] = {}
+        """Versions of the attention that steps to come may still draw with."""
+        self._pending: deque[Pending] = deque()
+        self._visits = self._upcoming()
+        self._next = next(self._visits, None)
+
+    def publish(self, version: int, attention: nn.Module) -> None:
+        """Hand over the attention network after ``version`` optimiser steps, if any step draws with it."""
+        if self.plan.is_published(version):
+            arrays = {name: t.detach().cpu().numpy().copy() for name, t in attention.state_dict().items()}
+            self.restore({version: AttentionWeights.of(arrays)})
+
+    def restore(self, versions: dict[int, AttentionWeights]) -> None:
+        """Hand over versions as they were taken from ``versions`` of another stream."""
+        self.versions.update(versions)
+        oldest = self.plan.version_of(self.step)
+        self.versions = {v: w for v, w in self.versions.items() if v >= oldest}
+
+    def next_step(self) -> list[Item]:
+        """Wait for the items of the next step of this rank, in the plan's order."""
+        self._order()
+        if not self._pending and self._next is not None:
+            raise ValueError(f"version {self._next.version} of the attention was not published")
+        items = []
+        for _ in range(self.plan.batch_size // self.world_size):
+            items.append(self._pending.popleft().result())
+            self._order()
+        self.step += 1
+        return items
+
+    def __iter__(self) -> Iterator[Item]:
+        while self.step < self.plan.num_steps:
+            yield from self.next_step()
+
+    def _upcoming(self) -> Iterator[Visit]:
+        for step in range(self.step, self.plan.num_steps):
+            yield from self.plan.visits_of_rank(step, self.rank, self.world_size)
+
+    def _order(self) -> None:
+        while self._next is not None and len(self._pending) < self.window:
+            weights = self.versions.get(self._next.version)
+            if weights is None:
+                break
+            self._pending.append(self.executor.submit(self._next, weights))
+            self._next = next(self._visits, None)

@@ -1,0 +1,314 @@
+"""The training loop of one rank. It runs alone in this process, or once in each process of Ray Train.
+
+The loop knows its neighbours only through :class:`Ranks`; everything it must remember is the global step,
+the weights, the optimiser and the attention versions that steps to come still draw with.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ats_stream.models import PatchClassifier
+from ats_stream.workers.batch import collate, effective_share, evaluate
+from ats_stream.workers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ats_stream.workers.config import ClusterConfig, RunConfig, check_same
+from ats_stream.workers.executors import make_executor
+from ats_stream.workers.metrics import MetricsLog, Record
+from ats_stream.workers.plan import Plan
+from ats_stream.workers.protocol import AttentionWeights
+from ats_stream.workers.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ats_stream.workers.executors import Executor
+    from ats_stream.workers.protocol import Item
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that a rank needs to know."""
+
+    run_dir: str
+    config: RunConfig
+    cluster: ClusterConfig
+    slides: list[str]
+    """Paths, by row of the archive table."""
+    labels: list[int]
+    """Class of each row."""
+    train_rows: tuple[int, ...]
+    val_rows: tuple[int, ...]
+
+
+class Ranks(Protocol):
+    """What a rank needs of the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, model: PatchClassifier) -> nn.Module:
+        """The model with gradients averaged over the ranks."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks."""
+
+    def report(self, numbers: dict[str, float]) -> None:
+        """Tell the outside, all ranks together."""
+
+
+class Alone:
+    """The only rank there is."""
+
+    rank = 0
+    world_size = 1
+    device = torch.device("cpu")
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+
+    def wrap(self, model: PatchClassifier) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def total(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def report(self, numbers: dict[str, float]) -> None:
+        """Nobody listens."""
+
+
+def train_rank(job: TrainJob, ranks: Ranks, on_record: Callable[[Record], None] | None = None) -> None:
+    """Train from the newest checkpoint of the run folder, or from the start, to the last step."""
+    executor = make_executor(
+        job.cluster.executor,
+        job.slides,
+        job.labels,
+        job.config.model,
+        job.config.sampler,
+        num_samplers=job.cluster.samplers_per_rank,
+        cpus_per_sampler=job.cluster.cpus_per_sampler,
+    )
+    try:
+        trainer = RankTrainer(job, ranks, executor)
+        trainer.resume()
+        log = None
+        if ranks.rank == 0:
+            log = MetricsLog(Path(job.run_dir), resumed_step=trainer.stream.step, on_record=on_record)
+        try:
+            trainer.run(log)
+        finally:
+            if log is not None:
+                log.close()
+    finally:
+        executor.close()
+
+
+class RankTrainer:
+    """Model, optimiser and stream of one rank."""
+
+    def __init__(self, job: TrainJob, ranks: Ranks, executor: Executor) -> None:
+        config = job.config.trainer
+        self.job, self.ranks, self.executor, self.config = job, ranks, executor, config
+        self.plan = Plan(
+            images=job.train_rows,
+            batch_size=config.batch_size,
+            num_epochs=config.num_epochs,
+            seed=config.seed,
+            lag=config.lag,
+            publish_interval=config.publish_interval,
+        )
+        torch.manual_seed(config.seed)
+        self.model = PatchClassifier(job.config.model).to(ranks.device)
+        self.wrapped = ranks.wrap(self.model)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: _lr_factor(step, self.plan.num_steps, config.decay_share)
+        )
+        self.stream = self._stream(start_step=0)
+        self.stream.publish(0, self.model.attention)
+
+    def _stream(self, *, start_step: int) -> Stream:
+        return Stream(
+            self.plan,
+            self.executor,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_step=start_step,
+            window=self.job.cluster.window,
+        )
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, if any; CheckpointError if it belongs to another configuration."""
+        path = latest_checkpoint(Path(self.job.run_dir))
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        check_same(state["config"], self.job.config.to_dict(), str(self.job.run_dir))
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.stream = self._stream(start_step=state["step"])
+        self.stream.restore(
+            {
+                version: AttentionWeights.of({name: t.numpy() for name, t in tensors.items()})
+                for version, tensors in state["versions"].items()
+            }
+        )
+
+    def checkpoint(self) -> None:
+        """Save everything that moves (rank 0; the other ranks hold the same)."""
+        if self.ranks.rank:
+            return
+        versions = {
+            version: {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
+            for version, weights in self.stream.versions.items()
+        }
+        save_checkpoint(
+            Path(self.job.run_dir),
+            self.stream.step,
+            {
+                "config": self.job.config.to_dict(),
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "versions": versions,
+            },
+        )
+
+    def run(self, log: MetricsLog | None) -> None:
+        """Train to the last step, with metrics and a checkpoint at the end of each epoch."""
+        totals = Totals()
+        interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
+        while self.stream.step < self.plan.num_steps:
+            totals.add(self.step())
+            step = self.stream.step
+            epoch_ends = step % self.plan.steps_per_epoch == 0
+            if epoch_ends:
+                train = totals.numbers(self.ranks)
+                epoch = step // self.plan.steps_per_epoch
+                lr = float(self.scheduler.get_last_lr()[0])
+                val = self.validate()
+                if log is not None:
+                    log.write("train", step, {"epoch": epoch, **train, "lr": lr})
+                    if val:
+                        log.write("val", step, {"epoch": epoch, **val})
+                totals = Totals()
+            if epoch_ends or step % interval == 0:
+                self.checkpoint()
+                self.ranks.report({"step": step})
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; the sums that the metrics are made of."""
+        start_s = time.perf_counter()
+        items = self.stream.next_step()
+        wait_s = time.perf_counter() - start_s
+        self.model.train()
+        prediction = self.wrapped(collate(items).to(self.ranks.device))
+        label_B = torch.tensor([item.label for item in items], device=self.ranks.device)
+        share_B = torch.tensor([item.visit.share for item in items], device=self.ranks.device)
+        entropies_B = F.cross_entropy(prediction.class_logits_BK, label_B, reduction="none")
+        loss_B = entropies_B - self.config.entropy_weight * prediction.entropy_B
+        # shares sum to 1 over all ranks, and the wrapper averages gradients over the ranks
+        loss = (share_B * loss_B).sum() * self.ranks.world_size
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimiser.step()
+        self.scheduler.step()
+        self.stream.publish(self.stream.step, self.model.attention)
+        real_B = (share_B > 0).cpu()
+        right_B = (prediction.class_logits_BK.argmax(1) == label_B).cpu()
+        return {
+            "images": float(real_B.sum()),
+            "loss": float((entropies_B.detach().cpu() * real_B).sum().item()),
+            "accuracy": float((right_B & real_B).sum()),
+            "entropy": float((prediction.entropy_B.detach().cpu() * real_B).sum()),
+            "sampled_mass": float((prediction.attention_BN.detach().cpu().sum(1) * real_B).sum()),
+            "effective_share": float((effective_share(items, prediction) * real_B).sum()),
+            **_reading(items, real_B.tolist()),
+            "wait_s": wait_s,
+            "step_s": time.perf_counter() - start_s,
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Loss and accuracy on the validation split, with draws that are the same every time."""
+        if not self.job.val_rows:
+            return {}
+        plan = Plan(
+            images=self.job.val_rows,
+            batch_size=self.config.batch_size,
+            num_epochs=1,
+            seed=self.config.seed,
+            shuffle=False,
+            lag=None,
+        )
+        stream = Stream(
+            plan,
+            self.executor,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            window=self.job.cluster.window,
+        )
+        stream.publish(0, self.model.attention)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for seen in evaluate(self.model, stream, self.ranks.device):
+            probability = float(seen.probability_K[seen.item.label])
+            right = float(seen.probability_K.argmax() == seen.item.label)
+            sums += torch.tensor([1.0, -math.log(max(probability, 1e-12)), right], dtype=torch.float64)
+        images, loss, right = self.ranks.total(sums).tolist()
+        return {"loss": loss / images, "accuracy": right / images}
+
+
+class Totals:
+    """Sums over the steps of an epoch, and the means that are shown."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._start_s = time.perf_counter()
+
+    def add(self, sums: dict[str, float]) -> None:
+        """Add the sums of one step."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def numbers(self, ranks: Ranks) -> dict[str, float]:
+        """Means per image over all ranks, with the time and the share of it spent waiting for items."""
+        names = sorted(self._sums)
+        values = ranks.total(torch.tensor([self._sums[name] for name in names], dtype=torch.float64))
+        total: dict[str, Any] = dict(zip(names, values.tolist(), strict=True))
+        images, wait_s, step_s = total.pop("images"), total.pop("wait_s"), total.pop("step_s")
+        seconds = time.perf_counter() - self._start_s
+        means = {name: value / images for name, value in total.items()}
+        speed = {"seconds": seconds, "images_per_s": images / seconds, "wait_share": wait_s / step_s}
+        return {**means, **speed}
+
+
+def _reading(items: Sequence[Item], real: list[bool]) -> dict[str, float]:
+    kept = [item for item, keep in zip(items, real, strict=True) if keep]
+    return {
+        "stored_bytes": float(sum(item.stored_bytes for item in kept)),
+        "decoded_bytes": float(sum(item.decoded_bytes for item in kept)),
+        "sampler_s": sum(item.seconds for item in kept),
+    }
+
+
+def _lr_factor(step: int, num_steps: int, decay_share: float) -> float:
+    """1, then a line to 0 over the last share of the steps.
+
+    >>> [_lr_factor(step, 10, 0.4) for step in (0, 6, 8, 10)]
+    [1.0, 1.0, 0.5, 0.0]
+    """
+    decay_steps = num_steps * decay_share
+    return min(1.0, (num_steps - step) / decay_steps) if decay_steps else 1.0

@@ -1,0 +1,110 @@
+"""Train a model on an archive: checks everything first, then runs here or on Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ats_stream.errors import ArchiveError, InputError, TargetExistsError
+from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
+from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_same, check_world
+from ats_stream.workers.metrics import Record, read_metrics
+from ats_stream.workers.trainer import Alone, TrainJob, train_rank
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from ats_stream.io import Archive
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when it is done."""
+
+    run_dir: Path
+    checkpoint: Path
+    """The last checkpoint."""
+    metrics: list[Record]
+    """All records of the run, as in metrics.jsonl."""
+
+
+def train(
+    archive: Archive,
+    run_dir: str | os.PathLike[str],
+    config: RunConfig,
+    cluster: ClusterConfig | None = None,
+    *,
+    on_record: Callable[[Record], None] = lambda _record: None,
+) -> TrainResult:
+    """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
+
+    ``on_record`` sees each record of the metrics as it is written. Raises ArchiveError for an empty split,
+    InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
+    folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
+    that cannot be read.
+    """
+    cluster = cluster or ClusterConfig()
+    run = Path(run_dir)
+    check_world(config.trainer.batch_size, cluster.world_size)
+    job = _job(archive, run, config, cluster)
+    _prepare(run, config)
+    if cluster.executor == "ray":
+        from ats_stream.workers.cluster import fit_with_ray, ray_cluster
+
+        per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
+        with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
+            fit_with_ray(job, run, on_record)
+    else:
+        train_rank(job, Alone(_device(cluster)), on_record)
+    return TrainResult(run, find_checkpoint(run), read_metrics(run))
+
+
+def _job(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig) -> TrainJob:
+    class_of = {name: number for number, name in enumerate(config.classes)}
+    unknown = sorted({row.label for row in archive.rows} - set(class_of))
+    if unknown:
+        raise ArchiveError(
+            f"{archive.path}: unknown label {unknown[0]!r}; the model knows {list(config.classes)}"
+        )
+    rows = {
+        split: tuple(i for i, row in enumerate(archive.rows) if row.split == split)
+        for split in (config.trainer.train_split, config.trainer.val_split)
+    }
+    if not rows[config.trainer.train_split]:
+        splits = sorted({row.split for row in archive.rows})
+        raise ArchiveError(
+            f"{archive.path}: no row of split {config.trainer.train_split!r}; there are {splits}"
+        )
+    return TrainJob(
+        run_dir=str(run.absolute()),
+        config=config,
+        cluster=cluster,
+        slides=[str(row.slide) for row in archive.rows],
+        labels=[class_of[row.label] for row in archive.rows],
+        train_rows=rows[config.trainer.train_split],
+        val_rows=rows[config.trainer.val_split],
+    )
+
+
+def _prepare(run: Path, config: RunConfig) -> None:
+    if run.exists() and not run.is_dir():
+        raise TargetExistsError(f"{run}: exists and is not a folder")
+    if run.is_dir() and any(run.iterdir()) and not (run / CONFIG_FILE).is_file():
+        raise TargetExistsError(f"{run}: exists, is not empty and is not a run folder")
+    newest = latest_checkpoint(run)
+    if newest is not None:
+        # the ranks check it too; here it costs no start of a cluster
+        check_same(load_checkpoint(newest)["config"], config.to_dict(), str(run))
+    config.write(run)
+
+
+def _device(cluster: ClusterConfig) -> torch.device:
+    if not cluster.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--gpu was given, but torch sees no GPU here")
+    return torch.device("cuda")

@@ -1,0 +1,11 @@
+"""Run a trained model over an archive as a Ray job, on the cluster that the job runs on.
+
+ray job submit --working-dir . -- python jobs/predict.py RUN ARCHIVE.csv --out DIR
+"""
+
+import sys
+
+from ats_stream.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("predict", executor="ray"))
