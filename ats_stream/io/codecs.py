@@ -4,8 +4,10 @@ zarr-python.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -39,10 +41,15 @@ class ChunkDecoder:
     steps: tuple[str, ...]
     """Byte codecs in the order in which they were applied when writing."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of a decoded chunk in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.stored_dtype.itemsize
+        return math.prod(self.shape) * self.stored_dtype.itemsize
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of decoded chunks, in native byte order."""
+        return self.stored_dtype.newbyteorder("=")
 
     def __call__(self, data: bytes) -> npt.NDArray[Any]:
         """Decode; ValueError says what is wrong with the bytes."""
@@ -53,7 +60,7 @@ class ChunkDecoder:
         flat = np.frombuffer(data, dtype=self.stored_dtype)
         if self.order is not None:
             flat = flat.reshape([self.shape[a] for a in self.order]).transpose(np.argsort(self.order))
-        return flat.astype(self.stored_dtype.newbyteorder("="), copy=False).reshape(self.shape)
+        return flat.astype(self.dtype, copy=False).reshape(self.shape)
 
 
 def _decode_step(step: str, data: bytes, nbytes: int, *, last: bool) -> Any:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ats_stream.io.ngff import Channel
+    from ats_stream.io.slides import SlideSource
 
 Array = npt.NDArray[Any]
 SUFFIX = ".ome.zarr"
@@ -193,7 +194,7 @@ def write_pyramid(
 
 
 def _convert(
-    slide: Any,
+    slide: SlideSource,
     target: Path,
     config: ConvertConfig,
     *,
@@ -257,7 +258,7 @@ def _convert(
 class _ShardTree:
     """Builds shards from those under them, writing each when it is whole."""
 
-    slide: Any
+    slide: SlideSource
     writer: PyramidWriter
     shard_px: int
     view_level: int | None
@@ -288,7 +289,7 @@ class _ShardTree:
         return halve(block_CYX)
 
 
-def _progress_bar(slide: Any, progress: bool | None) -> Any:
+def _progress_bar(slide: SlideSource, progress: bool | None) -> Any:
     """A bar over the pixels of level 0, or a context of None."""
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown:

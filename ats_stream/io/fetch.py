@@ -100,16 +100,20 @@ def read_plan(
             what = chunk if raw.data is None else chunk[_box(sources[p], sizes[p])]
             out[(patches[p], *where)] = what
 
+    def place_all(part: list[tuple[int, RawChunk]]) -> None:
+        for number, raw in part:
+            place(number, raw)
+
     for batch in _batches(todo):
         for _, raw in batch:
             if raw.stored_bytes >= 0:
                 num_chunks += 1
                 stored_bytes += raw.stored_bytes
         if pool is None:
-            for number, raw in batch:
-                place(number, raw)
+            place_all(batch)
         else:
-            list(pool.map(place, *zip(*batch, strict=True)))
+            # one task per thread: handing over single chunks costs as much as decoding them
+            list(pool.map(place_all, [batch[i::num_threads] for i in range(num_threads)]))
     chunk_bytes = int(np.prod(source.chunk_shape, dtype=np.int64)) * source.dtype.itemsize
     return ReadStats(num_chunks=num_chunks, stored_bytes=stored_bytes, decoded_bytes=num_chunks * chunk_bytes)
 

@@ -26,19 +26,25 @@ def open_pyramid(
     *,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 0,
+    num_threads: int = 1,
 ) -> Pyramid:
     """Open an OME-Zarr folder, version 0.4 or 0.5, or an array (C, *space) in memory.
 
-    ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``storage_options`` are for
-    remote stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming the
-    source, for what cannot be read.
+    ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``num_threads`` decode
+    large requests: more than one shortens the wait but costs more processor time in all. ``storage_options``
+    are for remote stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming
+    the source, for what cannot be read.
 
     >>> pyramid = open_pyramid(np.zeros((3, 40, 60), np.uint8))
     >>> pyramid.read_patches(0, [[-4, 50]], (8, 16)).shape
     (1, 3, 8, 16)
     """
+    if cache_bytes < 0 or num_threads < 1:
+        raise InputError(
+            f"cache_bytes must be 0 or more, num_threads 1 or more, got {cache_bytes}, {num_threads}"
+        )
     if isinstance(source, np.ndarray):
-        return _open_array(source, cache_bytes)
+        return _open_array(source, cache_bytes, num_threads)
     text = os.fspath(source)
     if "://" in text or storage_options:
         raise SlideError(text, "only local paths can be opened, got a URL or storage options")
@@ -48,7 +54,7 @@ def open_pyramid(
     if not path.is_dir():
         raise SlideError(text, "not an OME-Zarr folder")
     try:
-        return _open_folder(path, cache_bytes)
+        return _open_folder(path, cache_bytes, num_threads)
     except ValueError as error:
         if isinstance(error, SlideError):
             raise
@@ -57,7 +63,7 @@ def open_pyramid(
         raise SlideError(text, f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def _open_array(array: npt.NDArray[Any], cache_bytes: int) -> Pyramid:
+def _open_array(array: npt.NDArray[Any], cache_bytes: int, num_threads: int) -> Pyramid:
     names = {3: ("c", "y", "x"), 4: ("c", "z", "y", "x")}.get(array.ndim)
     if names is None or min(array.shape) < 1 or array.dtype.kind not in "buif":
         raise InputError(
@@ -74,10 +80,10 @@ def _open_array(array: npt.NDArray[Any], cache_bytes: int) -> Pyramid:
     )
     channels = ngff.default_channels(array.shape[0])
     info = PyramidInfo(slide="array in memory", name="array", axes=names, channels=channels, levels=(level,))
-    return Pyramid(info, [source], cache_bytes=cache_bytes)
+    return Pyramid(info, [source], cache_bytes=cache_bytes, num_threads=num_threads)
 
 
-def _open_folder(path: Path, cache_bytes: int) -> Pyramid:
+def _open_folder(path: Path, cache_bytes: int, num_threads: int) -> Pyramid:
     attributes = _attributes(path)
     if attributes.get("bioformats2raw.layout") == 3 and "multiscales" not in attributes:
         path = path / "0"
@@ -102,7 +108,7 @@ def _open_folder(path: Path, cache_bytes: int) -> Pyramid:
         metadata=image.metadata,
         labels=_labels(path),
     )
-    return Pyramid(info, sources, cache_bytes=cache_bytes)
+    return Pyramid(info, sources, cache_bytes=cache_bytes, num_threads=num_threads)
 
 
 def _attributes(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ t z y x.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -76,11 +75,11 @@ class Pyramid:
         sources: Sequence[ChunkSource],
         *,
         cache_bytes: int = 0,
-        num_threads: int | None = None,
+        num_threads: int = 1,
     ) -> None:
         self._info, self._sources = info, tuple(sources)
         self._cache_bytes = cache_bytes
-        self._num_threads = num_threads or min(4, os.cpu_count() or 1)
+        self._num_threads = num_threads
         self._reset()
 
     def _reset(self) -> None:
@@ -141,7 +140,7 @@ class Pyramid:
         places = dict(self._info.labels)
         if name not in places:
             raise InputError(f"{self.slide}: no label {name!r}, there are {sorted(places)}")
-        return open_pyramid(places[name], cache_bytes=self._cache_bytes)
+        return open_pyramid(places[name], cache_bytes=self._cache_bytes, num_threads=self._num_threads)
 
     def level_for(self, *, downsample: float | None = None, pixel_size_um: float | None = None) -> Level:
         """The level nearest, in ratio, to a downsampling factor or a pixel size in micrometres; give one."""

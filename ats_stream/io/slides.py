@@ -40,7 +40,7 @@ class SlideSource(Protocol):
     dtype: np.dtype[Any]
     pixel_size_um: tuple[float, float] | None
     """(y, x), None when the file does not say."""
-    metadata: Mapping[str, Any]
+    metadata: dict[str, Any]
     """What may be copied to a pyramid; never names, dates, or identifiers."""
     level_shapes: tuple[tuple[int, int, int], ...]
     """Levels that the file itself has, finest first."""
@@ -56,8 +56,14 @@ class SlideSource(Protocol):
     def close(self) -> None:
         """Close the file."""
 
+    def __enter__(self) -> Self: ...
 
-class _Closing:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Closing:
     """Context manager over ``close``."""
 
     def close(self) -> None:
@@ -72,7 +78,7 @@ class _Closing:
         self.close()
 
 
-class ArraySlide(_Closing):
+class ArraySlide(Closing):
     """An array (C, y, x) as a slide: numpy, a memory map, dask, or whatever has shape, dtype and slices."""
 
     def __init__(
@@ -93,8 +99,8 @@ class ArraySlide(_Closing):
         self.shape = (channels, height, width)
         self.dtype = np.dtype(array.dtype)
         self.pixel_size_um = pixel_size_um
-        self.metadata: Mapping[str, Any] = dict(metadata or {})
-        self.level_shapes = (self.shape,)
+        self.metadata = dict(metadata or {})
+        self.level_shapes: tuple[tuple[int, int, int], ...] = (self.shape,)
         self.associated_names: tuple[str, ...] = ()
         whole = channels * height * width * self.dtype.itemsize
         self.source_bytes = whole if source_bytes is None else source_bytes
@@ -108,7 +114,7 @@ class ArraySlide(_Closing):
         raise InputError(f"{self.path}: no associated image {name!r}")
 
 
-class OpenSlideSource(_Closing):
+class OpenSlideSource(Closing):
     """A slide through OpenSlide; RGB, transparent parts filled with the slide's background colour."""
 
     def __init__(self, path: Path, vendor: str) -> None:
@@ -208,8 +214,8 @@ def _sizes(y: Any, x: Any) -> tuple[float, float] | None:
     return pair if all(0 < v < float("inf") for v in pair) else None
 
 
-def open_slide(path: str | os.PathLike[str]) -> Any:
-    """Open a slide or picture file; returns a :class:`SlideSource`, to be closed after use.
+def open_slide(path: str | os.PathLike[str]) -> SlideSource:
+    """Open a slide or picture file as a source to be closed after use, best in a ``with`` block.
 
     Raises SlideError, naming the file, when it does not exist, is no slide, or is cut short.
     """
@@ -262,7 +268,7 @@ def _open_picture(path: Path) -> ArraySlide:
     )
 
 
-def associated_images(slide: Any) -> Iterator[tuple[str, Array]]:
+def associated_images(slide: SlideSource) -> Iterator[tuple[str, Array]]:
     """Name and pixels (C, y, x) of every associated image."""
     for name in slide.associated_names:
         yield name, slide.associated(name)

@@ -9,6 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -64,6 +65,11 @@ class AxisMap:
     keep: tuple[int | None, ...]
     ndim: int
 
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether the stored axes are (C, *space) already."""
+        return self.keep == tuple(range(self.ndim))
+
     def view(self, values: Sequence[int]) -> tuple[int, ...]:
         """Reorder one number per stored axis."""
         return tuple(1 if a is None else int(values[a]) for a in self.keep)
@@ -78,6 +84,8 @@ class AxisMap:
 
     def array(self, array: Array) -> Array:
         """Reorder the axes of a block; dropped axes have length 1, so their first plane is all."""
+        if self.is_identity:
+            return array
         kept = [a for a in self.keep if a is not None]
         array = array[tuple(slice(None) if a in kept else 0 for a in range(self.ndim))]
         array = array.transpose([sorted(kept).index(a) for a in kept])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io.ngff import MICROMETRES
-from ats_stream.io.slides import OpenSlideSource, _Closing, describe
+from ats_stream.io.slides import Closing, OpenSlideSource, describe
 from ats_stream.io.tiff_pages import check_pages
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ JPEG = 7
 PHOTOMETRICS = {1: "MINISBLACK", 2: "RGB", 6: "YCBCR"}
 
 
-class TiffSlide(_Closing):
+class TiffSlide(Closing):
     """The first image of a TIFF file at full resolution."""
 
     def __init__(self, path: Path, vendor: str | None) -> None:

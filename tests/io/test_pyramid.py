@@ -83,6 +83,19 @@ def test_whole_levels_equal_zarr_python(store, opened):
     np.testing.assert_array_equal(part, store[1][0][1:, 10:200:3, 300:4:-7])
 
 
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_change_no_pixel(store, opened, num_threads):
+    threaded = open_pyramid(store[0], num_threads=num_threads)
+    np.testing.assert_array_equal(threaded.read(0), store[1][0])
+    assert threaded.read_stats(0).num_chunks == 13 * 21
+    offsets = np.random.default_rng(0).integers(-30, 330, (20, 2))
+    np.testing.assert_array_equal(
+        threaded.read_patches(0, offsets, (40, 50)), opened.read_patches(0, offsets, (40, 50))
+    )
+    with pytest.raises(InputError, match="num_threads 1 or more, got 0, 0"):
+        open_pyramid(store[0], num_threads=0)
+
+
 def test_levels_say_what_they_are(opened):
     assert opened.axes == ("c", "y", "x")
     assert opened.name == "slide"
@@ -191,7 +204,7 @@ def test_a_pickled_pyramid_reads_on(store):
 
 
 def test_threads_share_a_pyramid(store):
-    pyramid = open_pyramid(store[0], cache_bytes=20_000)
+    pyramid = open_pyramid(store[0], cache_bytes=20_000, num_threads=2)
     rng = np.random.default_rng(0)
     requests = rng.integers(-30, 330, (40, 5, 2))
     start = threading.Barrier(4)
