@@ -72,13 +72,14 @@ class Evaluated:
 
 def evaluate(model: PatchClassifier, stream: Stream, device: torch.device) -> Iterator[Evaluated]:
     """Run a model over a stream; visits of share 0, which only fill a batch, are left out."""
-    model.eval()
-    with torch.inference_mode():
-        while stream.step < stream.plan.num_steps:
-            items = stream.next_step()
+    while stream.step < stream.plan.num_steps:
+        items = stream.next_step()
+        model.eval()
+        # closed before each yield: the mode belongs to the thread, so to whoever receives what is yielded
+        with torch.inference_mode():
             prediction = model(collate(items).to(device))
             probability_BK = prediction.class_logits_BK.softmax(1).cpu().numpy()
             attention_BN = prediction.attention_BN.cpu().numpy()
-            for item, probability_K, attention_N in zip(items, probability_BK, attention_BN, strict=True):
-                if item.visit.share > 0:
-                    yield Evaluated(item, probability_K, attention_N)
+        for item, probability_K, attention_N in zip(items, probability_BK, attention_BN, strict=True):
+            if item.visit.share > 0:
+                yield Evaluated(item, probability_K, attention_N)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ats_stream.errors import ClusterError, InputError
+from ats_stream.errors import AtsStreamError, ClusterError, InputError
 from ats_stream.workers.sampler import PatchSampler
 
 if TYPE_CHECKING:
@@ -127,9 +127,9 @@ class _Remote:
         try:
             item: Item = ray.get(self._reference)
         except ray.exceptions.RayTaskError as error:
-            # our own error, in its own words, without the actor's traceback
+            # our own error, in its own words; any other is a bug and keeps the actor's traceback
             cause = getattr(error, "cause", None)
-            raise (cause if isinstance(cause, Exception) else error) from None
+            raise (cause if isinstance(cause, AtsStreamError) else error) from None
         except ray.exceptions.RayActorError as error:
             raise ClusterError(f"a sampler died and could not be started again: {error}") from error
         finally:

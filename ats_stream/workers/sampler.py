@@ -17,7 +17,7 @@ import torch
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io import open_pyramid
 from ats_stream.models import AttentionNet, ModelConfig
-from ats_stream.sampling import draw, log_attention, patch_offsets
+from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
 from ats_stream.workers.batch import log_prior_of
 from ats_stream.workers.cache import ByteCache
 from ats_stream.workers.protocol import Array, AttentionWeights, Item
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # one thread whatever the process around it uses: the sums of a convolution then have one order everywhere
 SAMPLER_THREADS = 1
 MAX_OPEN_PYRAMIDS = 1024
+PIXEL_TYPES = ("uint8", "uint16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class SamplerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.view_downsample >= 1:
             raise ValueError(f"view_downsample must be at least 1, got {self.view_downsample}")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must not be negative, got {self.cache_bytes}")
 
@@ -129,8 +132,8 @@ class PatchSampler:
             visit=visit,
             slide=slide,
             label=self.labels[visit.image],
-            view_CYX=view.pixels_CYX,
-            prior_YX=view.prior_YX,
+            view_CYX=_read_only(view.pixels_CYX),
+            prior_YX=None if view.prior_YX is None else _read_only(view.prior_YX),
             index_N=drawn.index[0].numpy(),
             log_q_N=drawn.log_prob[0].numpy(),
             weight_N=drawn.weight[0].float().numpy(),
@@ -154,6 +157,9 @@ class PatchSampler:
         level = view_level(pyramid, self.config.view_downsample)
         if level.shape[0] != self.num_channels:
             raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {self.num_channels}")
+        if pyramid.axes != ("c", "y", "x") or level.dtype.name not in PIXEL_TYPES:
+            found = f"{level.dtype} pixels over {' '.join(pyramid.axes[1:])}"
+            raise SlideError(slide, f"has {found}, the model reads {' or '.join(PIXEL_TYPES)} over y x")
         prior = None
         if self.config.prior_label is not None:
             prior = read_prior(pyramid, self.config.prior_label, level.shape[1:])
@@ -180,11 +186,33 @@ def read_prior(pyramid: Pyramid, label: str, map_shape: Sequence[int]) -> Array:
         raise SlideError(pyramid.slide, f"no label {label!r} to draw within; labels there: {there}")
     mask: Array = pyramid.label(label).read(0)[0] != 0
     for axis, size in enumerate(map_shape):
-        first = np.arange(size) * mask.shape[axis] // size
-        mask = np.logical_or.reduceat(mask, first, axis=axis)
+        mask = _touched(mask, axis, size)
     if not mask.any():
         raise SlideError(pyramid.slide, f"label {label!r} is empty: no position can be drawn")
     return mask
+
+
+def _read_only(cached: Array) -> Array:
+    """The same memory, as Ray's object store would give it: items never write into the cache."""
+    shared = cached.view()
+    shared.flags.writeable = False
+    return shared
+
+
+def _touched(mask: Array, axis: int, size: int) -> Array:
+    """``size`` cells along an axis, each True where a True pixel overlaps it, be it by a part of a pixel.
+
+    >>> _touched(np.array([False, True, False]), 0, 2), _touched(np.array([False, True]), 0, 3)
+    (array([ True,  True]), array([False,  True,  True]))
+    """
+    pixels = mask.shape[axis]
+    cell = np.arange(size)
+    first, past = cell * pixels // size, -(-(cell + 1) * pixels // size)
+    # reduceat takes [first, past) from every other entry and cannot name the end: one empty pixel behind it
+    behind = [(0, int(along == axis)) for along in range(mask.ndim)]
+    both = np.stack([first, past], axis=1).ravel()
+    touched: Array = np.logical_or.reduceat(np.pad(mask, behind), both, axis=axis)
+    return touched.take(np.arange(0, 2 * size, 2), axis=axis)
 
 
 @contextmanager
