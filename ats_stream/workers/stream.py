@@ -54,9 +54,11 @@ class Stream:
 
     def publish(self, version: int, attention: nn.Module) -> None:
         """Hand over the attention network after ``version`` optimiser steps, if any step draws with it."""
+        fresh = {}
         if self.plan.is_published(version):
             arrays = {name: t.detach().cpu().numpy().copy() for name, t in attention.state_dict().items()}
-            self.restore({version: AttentionWeights.of(arrays)})
+            fresh[version] = AttentionWeights.of(arrays)
+        self.restore(fresh)
 
     def restore(self, versions: dict[int, AttentionWeights]) -> None:
         """Hand over versions as they were taken from ``versions`` of another stream."""
