@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ats_stream.errors import CheckpointError, StorageError
+from ats_stream.files import write_atomic
+
+if TYPE_CHECKING:
+    import os
 
 FORMAT = 1
 FOLDER = "checkpoints"
 NUM_KEPT = 2
-_NAME = re.compile(r"step-(\d{8})\.pt")
+FIELDS: dict[str, type] = {
+    "config": dict,
+    "archive": str,
+    "model": dict,
+    "optimiser": dict,
+    "scheduler": dict,
+    "versions": dict,
+    "totals": dict,
+}
+"""What a checkpoint holds besides its format and step."""
+_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after ``step`` steps and forget all but the newest few.
+    """Write the state (FIELDS) after ``step`` steps and forget all but the newest few.
 
-    The file is written beside its place, synchronised and renamed: durable when this returns, and a killed
-    process leaves no half file under the name. Raises StorageError if the system refuses.
+    A killed process leaves no half file under the name. Raises StorageError if the system refuses.
     """
     folder = run_dir / FOLDER
-    target = folder / f"step-{step:08d}.pt"
+    # made whole in memory: torch.save hides what the system says of a full disk
+    whole = io.BytesIO()
+    torch.save({"format": FORMAT, "step": step, **state}, whole)
+    target = write_atomic(folder / f"step-{step:08d}.pt", whole.getvalue())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial", delete=False) as file:
-            try:
-                torch.save({"format": FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(target)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        for old in _whole(folder)[:-NUM_KEPT]:
+        leftovers = folder.glob(
+            ".step-*"
+        )  # of processes killed while they wrote; one process writes at a time
+        for old in [*leftovers, *_whole(folder)[:-NUM_KEPT]]:
             old.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
-        raise StorageError(f"{target}: cannot write the checkpoint: {error}") from error
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot remove old checkpoints: {error}") from error
     return target
 
 
@@ -62,6 +70,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
+    for name, kind in {"step": int, **FIELDS}.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path}: not a whole checkpoint: no {name} in it")
     return state
 
 
@@ -81,4 +92,5 @@ def find_checkpoint(place: str | os.PathLike[str]) -> Path:
 def _whole(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(path.stem[5:]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ats_stream.errors import AtsStreamError, ClusterError
-from ats_stream.workers.metrics import follow_metrics
+from ats_stream.workers.metrics import MetricsFollower
 from ats_stream.workers.trainer import TrainJob, train_rank
 
 if TYPE_CHECKING:
@@ -180,15 +180,15 @@ def _fit_in_thread(trainer: Any, run_dir: Path, on_record: Callable[[Record], No
         except BaseException as error:
             failures.append(error)
 
-    seen_bytes = follow_metrics(run_dir, 0)[1]
+    follower = MetricsFollower(run_dir)
     thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
     thread.start()
     while True:
         thread.join(POLL_INTERVAL_S)
-        records, seen_bytes = follow_metrics(run_dir, seen_bytes)
-        for record in records:
+        has_ended = not thread.is_alive()  # asked before reading, so that no record is missed
+        for record in follower.new_records():
             on_record(record)
-        if not thread.is_alive():
+        if has_ended:
             return failures[0] if failures else None
 
 

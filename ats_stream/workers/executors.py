@@ -81,14 +81,14 @@ class RayExecutor:
         from ats_stream.workers.actors import SamplerActor
 
         # the table is put into the object store once, whatever the number of actors
-        table = ray.put((list(slides), list(labels)))
+        self._table = ray.put((list(slides), list(labels)))
         options = SamplerActor.options(  # type: ignore[attr-defined]  # the decorator adds it
             num_cpus=cpus_per_sampler,
             num_gpus=gpus_per_sampler,
             max_restarts=ACTOR_RESTARTS,
             max_task_retries=ACTOR_RESTARTS,
         )
-        self._actors = [options.remote([table], model, config) for _ in range(num_samplers)]
+        self._actors = [options.remote([self._table], model, config) for _ in range(num_samplers)]
         self._owed = [0] * num_samplers
         self._published: dict[str, Any] = {}
 

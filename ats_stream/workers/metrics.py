@@ -31,10 +31,14 @@ class MetricsLog:
 
         self.path = run_dir / METRICS_FILE
         self._on_record = on_record
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= resumed_step]
-        write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1)
+        keep_metrics(run_dir, resumed_step)
+        try:
+            # the folder is made here, where its failure leaves nothing open
+            (run_dir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1)
+        except OSError as error:
+            raise StorageError(f"{run_dir}: cannot write metrics: {error.strerror or error}") from error
 
     def write(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
         """Add one record; StorageError if the disk refuses."""
@@ -56,21 +60,42 @@ class MetricsLog:
         self._board.close()
 
 
+class MetricsFollower:
+    """Gives each record that another process adds to a run once, be the file rewritten by a resume or not."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._seen: set[tuple[Any, ...]] = set()
+        self.new_records()
+
+    def new_records(self) -> list[Record]:
+        """Records of a phase and step that were not there before."""
+        fresh = {(r.get("phase"), r["step"]): r for r in read_metrics(self.run_dir)}
+        found = [record for key, record in fresh.items() if key not in self._seen]
+        self._seen |= fresh.keys()
+        return found
+
+
+def keep_metrics(run_dir: Path, resumed_step: int) -> None:
+    """Drop the records of steps after ``resumed_step``; StorageError if the disk refuses."""
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= resumed_step]
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_atomic(run_dir / METRICS_FILE, lines.encode())
+
+
 def read_metrics(run_dir: Path) -> list[Record]:
-    """All whole records of a run, in the order written; an unfinished last line is left out."""
-    return list(follow_metrics(run_dir, 0)[0])
+    """All whole records of a run, in the order written; an unfinished last line is left out.
 
-
-def follow_metrics(run_dir: Path, start: int) -> tuple[list[Record], int]:
-    """Records from byte ``start`` on, and the byte to go on from next time."""
+    Raises StorageError if there is a file that cannot be read.
+    """
     path = Path(run_dir) / METRICS_FILE
-    if not path.exists():
-        return [], start
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read()
-    whole = data[: data.rfind(b"\n") + 1]
-    return list(_parse(whole)), start + len(whole)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read metrics: {error.strerror or error}") from error
+    return list(_parse(data[: data.rfind(b"\n") + 1]))
 
 
 def _parse(lines: bytes) -> Iterator[Record]:

@@ -6,6 +6,7 @@ the weights, the optimiser and the attention versions that steps to come still d
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ats_stream.errors import CheckpointError
+from ats_stream.files import sha256_of
 from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import collate, effective_share, evaluate
 from ats_stream.workers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -25,9 +28,10 @@ from ats_stream.workers.metrics import MetricsLog, Record
 from ats_stream.workers.plan import Plan
 from ats_stream.workers.protocol import AttentionWeights
 from ats_stream.workers.stream import Stream
+from ats_stream.workers.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ats_stream.workers.executors import Executor
     from ats_stream.workers.protocol import Item
@@ -46,6 +50,21 @@ class TrainJob:
     """Class of each row."""
     train_rows: tuple[int, ...]
     val_rows: tuple[int, ...]
+
+    @property
+    def archive_key(self) -> str:
+        """Hash of the slides' names, labels and splits: what decides who is visited, not where it lies."""
+        names = [Path(slide).name for slide in self.slides]
+        return sha256_of(json.dumps([names, self.labels, self.train_rows, self.val_rows]).encode())
+
+
+def check_resumable(state: Mapping[str, Any], job: TrainJob) -> None:
+    """Raise CheckpointError if a checkpoint belongs to another configuration or to another archive."""
+    check_same(state["config"], job.config.to_dict(), job.run_dir)
+    if state["archive"] != job.archive_key:
+        raise CheckpointError(
+            f"{job.run_dir}: slides, labels or splits of the table have changed; use another run folder"
+        )
 
 
 class Ranks(Protocol):
@@ -136,6 +155,7 @@ class RankTrainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: _lr_factor(step, self.plan.num_steps, config.decay_share)
         )
+        self.totals = Totals()
         self.stream = self._stream(start_step=0)
         self.stream.publish(0, self.model.attention)
 
@@ -155,7 +175,14 @@ class RankTrainer:
         if path is None:
             return
         state = load_checkpoint(path)
-        check_same(state["config"], self.job.config.to_dict(), str(self.job.run_dir))
+        check_resumable(state, self.job)
+        try:
+            self._restore(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path}: does not fit its own configuration: {reason}") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -166,9 +193,15 @@ class RankTrainer:
                 for version, tensors in state["versions"].items()
             }
         )
+        needed = self.plan.version_of(self.stream.step)
+        if needed not in self.stream.versions:
+            raise ValueError(f"version {needed} of the attention is not in it")
+        if self.ranks.rank == 0:  # they are sums over all ranks
+            self.totals = Totals(state["totals"])
 
     def checkpoint(self) -> None:
-        """Save everything that moves (rank 0; the other ranks hold the same)."""
+        """Save everything that moves (rank 0; of all but the totals the other ranks hold the same)."""
+        totals = self.totals.over(self.ranks)
         if self.ranks.rank:
             return
         versions = {
@@ -180,23 +213,24 @@ class RankTrainer:
             self.stream.step,
             {
                 "config": self.job.config.to_dict(),
+                "archive": self.job.archive_key,
                 "model": self.model.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "versions": versions,
+                "totals": totals,
             },
         )
 
     def run(self, log: MetricsLog | None) -> None:
         """Train to the last step, with metrics and a checkpoint at the end of each epoch."""
-        totals = Totals()
         interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
         while self.stream.step < self.plan.num_steps:
-            totals.add(self.step())
+            self.totals.add(self.step())
             step = self.stream.step
             epoch_ends = step % self.plan.steps_per_epoch == 0
             if epoch_ends:
-                train = totals.numbers(self.ranks)
+                train = self.totals.numbers(self.ranks)
                 epoch = step // self.plan.steps_per_epoch
                 lr = float(self.scheduler.get_last_lr()[0])
                 val = self.validate()
@@ -204,7 +238,7 @@ class RankTrainer:
                     log.write("train", step, {"epoch": epoch, **train, "lr": lr})
                     if val:
                         log.write("val", step, {"epoch": epoch, **val})
-                totals = Totals()
+                self.totals = Totals()
             if epoch_ends or step % interval == 0:
                 self.checkpoint()
                 self.ranks.report({"step": step})
@@ -269,30 +303,6 @@ class RankTrainer:
             sums += torch.tensor([1.0, -math.log(max(probability, 1e-12)), right], dtype=torch.float64)
         images, loss, right = self.ranks.total(sums).tolist()
         return {"loss": loss / images, "accuracy": right / images}
-
-
-class Totals:
-    """Sums over the steps of an epoch, and the means that are shown."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._start_s = time.perf_counter()
-
-    def add(self, sums: dict[str, float]) -> None:
-        """Add the sums of one step."""
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def numbers(self, ranks: Ranks) -> dict[str, float]:
-        """Means per image over all ranks, with the time and the share of it spent waiting for items."""
-        names = sorted(self._sums)
-        values = ranks.total(torch.tensor([self._sums[name] for name in names], dtype=torch.float64))
-        total: dict[str, Any] = dict(zip(names, values.tolist(), strict=True))
-        images, wait_s, step_s = total.pop("images"), total.pop("wait_s"), total.pop("step_s")
-        seconds = time.perf_counter() - self._start_s
-        means = {name: value / images for name, value in total.items()}
-        speed = {"seconds": seconds, "images_per_s": images / seconds, "wait_share": wait_s / step_s}
-        return {**means, **speed}
 
 
 def _reading(items: Sequence[Item], real: list[bool]) -> dict[str, float]:

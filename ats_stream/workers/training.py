@@ -10,9 +10,9 @@ import torch
 
 from ats_stream.errors import ArchiveError, InputError, TargetExistsError
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
-from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_same, check_world
-from ats_stream.workers.metrics import Record, read_metrics
-from ats_stream.workers.trainer import Alone, TrainJob, train_rank
+from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
+from ats_stream.workers.metrics import Record, keep_metrics, read_metrics
+from ats_stream.workers.trainer import Alone, TrainJob, check_resumable, train_rank
 
 if TYPE_CHECKING:
     import os
@@ -51,7 +51,7 @@ def train(
     run = Path(run_dir)
     check_world(config.trainer.batch_size, cluster.world_size)
     job = _job(archive, run, config, cluster)
-    _prepare(run, config)
+    _prepare(run, job)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
 
@@ -90,16 +90,20 @@ def _job(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig)
     )
 
 
-def _prepare(run: Path, config: RunConfig) -> None:
+def _prepare(run: Path, job: TrainJob) -> None:
     if run.exists() and not run.is_dir():
         raise TargetExistsError(f"{run}: exists and is not a folder")
     if run.is_dir() and any(run.iterdir()) and not (run / CONFIG_FILE).is_file():
         raise TargetExistsError(f"{run}: exists, is not empty and is not a run folder")
     newest = latest_checkpoint(run)
+    resumed_step = 0
     if newest is not None:
-        # the ranks check it too; here it costs no start of a cluster
-        check_same(load_checkpoint(newest)["config"], config.to_dict(), str(run))
-    config.write(run)
+        # the ranks do all this too; here it costs no start of a cluster
+        state = load_checkpoint(newest)
+        check_resumable(state, job)
+        resumed_step = state["step"]
+    job.config.write(run)
+    keep_metrics(run, resumed_step)
 
 
 def _device(cluster: ClusterConfig) -> torch.device:
