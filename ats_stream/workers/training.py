@@ -51,15 +51,18 @@ def train(
     run = Path(run_dir)
     check_world(config.trainer.batch_size, cluster.world_size)
     job = _job(archive, run, config, cluster)
-    _prepare(run, job)
+    start_step = _start_step(run, job)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
 
         per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
         with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
+            _prepare(run, job, start_step)
             fit_with_ray(job, run, on_record)
     else:
-        train_rank(job, Alone(_device(cluster)), on_record)
+        alone = Alone(_device(cluster))
+        _prepare(run, job, start_step)
+        train_rank(job, alone, on_record)
     return TrainResult(run, find_checkpoint(run), read_metrics(run))
 
 
@@ -90,20 +93,25 @@ def _job(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig)
     )
 
 
-def _prepare(run: Path, job: TrainJob) -> None:
+def _start_step(run: Path, job: TrainJob) -> int:
+    """The step from which the run folder lets the run go on; raises if it does not fit the run."""
     if run.exists() and not run.is_dir():
         raise TargetExistsError(f"{run}: exists and is not a folder")
     if run.is_dir() and any(run.iterdir()) and not (run / CONFIG_FILE).is_file():
         raise TargetExistsError(f"{run}: exists, is not empty and is not a run folder")
     newest = latest_checkpoint(run)
-    resumed_step = 0
-    if newest is not None:
-        # the ranks do all this too; here it costs no start of a cluster
-        state = load_checkpoint(newest)
-        check_resumable(state, job)
-        resumed_step = state["step"]
+    if newest is None:
+        return 0
+    # the ranks check it too; here it costs no start of a cluster
+    state = load_checkpoint(newest)
+    check_resumable(state, job)
+    step: int = state["step"]
+    return step
+
+
+def _prepare(run: Path, job: TrainJob, start_step: int) -> None:
     job.config.write(run)
-    keep_metrics(run, resumed_step)
+    keep_metrics(run, start_step)
 
 
 def _device(cluster: ClusterConfig) -> torch.device:
