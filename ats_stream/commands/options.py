@@ -2,50 +2,106 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ats_stream.errors import InputError, TargetExistsError
 from ats_stream.workers.config import EXECUTORS, ClusterConfig
 
 if TYPE_CHECKING:
-    import argparse
+    from collections.abc import Sequence
+
+    from ats_stream.io import Archive, Pyramid
 
 Config = TypeVar("Config")
 
+COLUMNS = ("slide", "label", "split")
 
-def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """Where a command computes."""
+
+def add_column_options(parser: argparse.ArgumentParser) -> None:
+    """How the columns of an archive table are called."""
+    group = parser.add_argument_group("the table")
+    for column in COLUMNS:
+        group.add_argument(
+            f"--{column}-column",
+            default=column,
+            metavar="NAME",
+            help=f"column that holds the {column} (%(default)s)",
+        )
+
+
+def archive_from(
+    arguments: argparse.Namespace, path: str, *, classes: Sequence[str] | None = None
+) -> Archive:
+    """Read an archive table with the columns that the arguments name."""
+    from ats_stream.io import read_archive
+
+    columns = {name: getattr(arguments, f"{name}_column") for name in COLUMNS}
+    return read_archive(path, columns=columns, classes=classes)
+
+
+def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
+    """Where a command computes; with ``ranks`` what concerns training processes too."""
     default = ClusterConfig()
-    group = parser.add_argument_group("where it runs")
+    group = parser.add_argument_group(
+        "where it runs", "the options after --executor are for --executor ray alone"
+    )
     group.add_argument(
         "--executor",
         choices=EXECUTORS,
         default=default.executor,
-        help="serial: this process; ray: processes on a Ray cluster, this machine's or that of --address "
-        "(%(default)s)",
+        help="serial: this process; ray: processes of a Ray cluster, with the same result (%(default)s)",
     )
-    add_field(group, default, "num_ranks", "--ranks", "training processes (ray)")
-    add_field(group, default, "samplers_per_rank", "--samplers", "sampler actors of each rank (ray)")
-    add_field(group, default, "cpus_per_rank", "--cpus-per-rank", "CPUs that Ray sets aside for a rank")
-    add_field(group, default, "cpus_per_sampler", "--cpus-per-sampler", "CPUs set aside for a sampler")
-    add_field(group, default, "window", "--window", "items that a rank has on order at a time")
-    add_field(group, default, "max_failures", "--max-failures", "restarts after a rank died (ray)")
-    group.add_argument("--gpu", dest="use_gpu", action="store_true", help="give each rank a GPU")
+    if ranks:
+        add_field(group, default, "num_ranks", "--ranks", "training processes")
+        add_field(group, default, "cpus_per_rank", "--cpus-per-rank", "CPUs set aside for a training process")
+        add_field(group, default, "max_failures", "--max-failures", "restarts after a training process died")
+    of = " of each training process" if ranks else ""
+    add_field(group, default, "samplers_per_rank", "--samplers", f"processes{of} that read and draw")
+    add_field(group, default, "cpus_per_sampler", "--cpus-per-sampler", "CPUs set aside for each of them")
+    add_field(group, default, "window", "--window", f"images on order{of} at a time")
     group.add_argument(
-        "--address", help="address of a Ray cluster (default: $RAY_ADDRESS, or start one here)"
+        "--address",
+        default=argparse.SUPPRESS,
+        help="a running Ray cluster (default: $RAY_ADDRESS, else one is started on this machine)",
     )
+
+
+RAY_FIELDS = (
+    "num_ranks",
+    "cpus_per_rank",
+    "max_failures",
+    "samplers_per_rank",
+    "cpus_per_sampler",
+    "window",
+    "address",
+)
+
+
+def cluster_from(arguments: argparse.Namespace, **given: Any) -> ClusterConfig:
+    """The cluster that the arguments ask for; InputError for an option that would have no effect."""
+    cluster = config_from(arguments, ClusterConfig, **given)
+    unused = [name for name in RAY_FIELDS if hasattr(arguments, name)]
+    if cluster.executor != "ray" and unused:
+        raise InputError(f"{arguments.flags[unused[0]]} needs --executor ray")
+    return cluster
 
 
 def add_field(group: Any, default: Any, field: str, flag: str, text: str) -> None:
-    """An option for a field of a configuration, with the configuration's own default."""
+    """An option for a field of a configuration; the configuration itself holds the default."""
     value = getattr(default, field)
+    shown = f"{value:g}" if isinstance(value, float) else value
     group.add_argument(
         flag,
         dest=field,
         type=type(value),
-        default=value,
+        default=argparse.SUPPRESS,
         metavar=_METAVAR[type(value)],
-        help=f"{text} (%(default)s)",
+        help=f"{text} ({shown})",
     )
 
 
@@ -53,7 +109,39 @@ _METAVAR: dict[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def config_from(arguments: argparse.Namespace, config: type[Config], **given: Any) -> Config:
-    """Build a configuration from the arguments that are named like its fields, and from ``given``."""
+    """Build a configuration from the arguments that are named like its fields, and from ``given``.
+
+    Raises InputError, naming the option instead of the field, for a value out of range.
+    """
     names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]  # all are dataclasses
     values = {name: value for name, value in vars(arguments).items() if name in names}
-    return config(**{**values, **given})
+    try:
+        return config(**{**values, **given})
+    except ValueError as error:
+        flags = getattr(arguments, "flags", {})
+        message = re.sub(r"\b[a-z]+(_[a-z]+)*\b", lambda m: flags.get(m[0], m[0]), str(error), count=1)
+        raise InputError(message) from error
+
+
+def check_out(out: Path, *, empty: bool) -> None:
+    """Raise TargetExistsError for an output folder that is a file, or, if it must be empty, is not."""
+    if out.exists() and not out.is_dir():
+        raise TargetExistsError(f"{out}: exists already and is not a folder")
+    if empty and out.is_dir() and any(out.iterdir()):
+        raise TargetExistsError(f"{out}: exists already and is not empty")
+
+
+def check_pyramid(place: str) -> Pyramid:
+    """Open a pyramid; a slide file is refused with the command that converts it."""
+    from ats_stream.io import open_pyramid
+
+    if Path(place).is_file():
+        raise InputError(f"{place}: a file, not a pyramid; convert slides with 'ats-stream preprocess' first")
+    return open_pyramid(place)
+
+
+def progress(items: Any, *, total: int, unit: str) -> Any:
+    """The items, counted by a bar if standard error is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)

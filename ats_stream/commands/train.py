@@ -1,102 +1,143 @@
 """Train an attention model on an archive of pyramids.
 
-  ats-stream train archive.csv --out runs/first --patch-px 96 --patches 16 --prior tissue
+  ats-stream train archive.csv --out runs/first --prior tissue --patch-px 96 --patches 16
 
-ARCHIVE is a CSV table with the columns slide (path of a pyramid), label and split (train, val, ...). The run
-folder receives config.yaml, metrics.jsonl, checkpoints/ and tensorboard/. The same command again takes an
-interrupted run up at its last checkpoint.
+ARCHIVE is a CSV table with the columns slide (path of a pyramid), label, and split: train, val, and
+others, such as test, that are left alone. From each image the model reads a level of low resolution
+whole (--view-downsample 32: the one about 1/32 as wide) and --patches patches of full resolution, drawn
+from its own attention. A small image needs a finer view, such as --view-downsample 8.
+
+The run folder receives config.yaml, metrics.jsonl, checkpoints/ and tensorboard/. The same command again
+takes an interrupted run up at its last checkpoint.
 
   ats-stream train archive.csv --out runs/two-ranks --executor ray --ranks 2
 
-does the same in two training processes, each with sampler actors of its own.
+does the same in two training processes, each with processes of its own that read and draw; --lag 1 and
+more lets these run ahead of training.
+
+In the lines printed, sampled mass is the share of the attention that lies on the drawn patches, and
+waiting the share of the time that training waited for patches.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import argparse
-
+    from ats_stream.io import Archive, Level
+    from ats_stream.workers import RunConfig
     from ats_stream.workers.metrics import Record
+
+USAGE = "ARCHIVE --out RUN [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream train``."""
-    from ats_stream.commands.options import add_cluster_options, add_field
+    from ats_stream.commands.options import add_column_options, add_field, add_ray_options
     from ats_stream.models import ModelConfig
+    from ats_stream.models.classifier import ATTENTION_KINDS
     from ats_stream.sampling import SCHEMES
     from ats_stream.workers import SamplerConfig, TrainerConfig
 
     parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
-    for column in ("slide", "label", "split"):
-        parser.add_argument(
-            f"--{column}-column", default=column, metavar="NAME", help=f"column of the {column} (%(default)s)"
-        )
     sampler, trainer, model = SamplerConfig(), TrainerConfig(), ModelConfig(num_classes=2)
     group = parser.add_argument_group("what is looked at")
     add_field(group, sampler, "num_patches", "--patches", "patches drawn from each image")
-    add_field(group, sampler, "patch_px", "--patch-px", "side of a patch at full resolution")
-    add_field(group, sampler, "view_downsample", "--view-downsample", "factor of the low-resolution view")
-    group.add_argument(
-        "--scheme", choices=SCHEMES, default=sampler.scheme, help="how positions are drawn (%(default)s)"
+    add_field(group, sampler, "patch_px", "--patch-px", "side of a patch in pixels of full resolution")
+    add_field(
+        group, sampler, "view_downsample", "--view-downsample", "full over low resolution; the nearest level"
     )
     group.add_argument(
-        "--prior", dest="prior_label", metavar="LABEL", help="draw only inside this label image, e.g. tissue"
+        "--scheme",
+        choices=SCHEMES,
+        default=sampler.scheme,
+        help="how positions are drawn and weighed; top is biased, for comparison (%(default)s)",
+    )
+    group.add_argument(
+        "--prior",
+        dest="prior_label",
+        metavar="LABEL",
+        help="draw only inside this label image, such as tissue (default: anywhere)",
     )
     group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_KINDS,
+        default=model.attention,
+        help="uniform: no attention, for comparison (%(default)s)",
+    )
     add_field(group, model, "attention_width", "--attention-width", "channels of the attention network")
     add_field(group, model, "attention_layers", "--attention-layers", "convolutions of the attention network")
     add_field(group, model, "feature_width", "--feature-width", "channels of the feature network")
     group = parser.add_argument_group("the training")
     add_field(group, trainer, "num_epochs", "--epochs", "passes over the training split")
-    add_field(group, trainer, "batch_size", "--batch-size", "images in a step, over all ranks")
-    add_field(group, trainer, "lr", "--lr", "learning rate")
+    add_field(group, trainer, "batch_size", "--batch-size", "images in a step, over all training processes")
+    add_field(group, trainer, "lr", "--lr", "learning rate of AdamW")
+    add_field(group, trainer, "decay_share", "--decay-share", "last share of the steps, where it falls to 0")
     add_field(group, trainer, "weight_decay", "--weight-decay", "weight decay of AdamW")
     add_field(group, trainer, "clip_norm", "--clip-norm", "largest norm of a gradient")
     add_field(group, trainer, "entropy_weight", "--entropy-weight", "reward for attention that stays spread")
     add_field(group, trainer, "lag", "--lag", "steps that drawing may run ahead of training")
+    add_field(group, trainer, "publish_interval", "--publish-interval", "steps between updates of who draws")
     add_field(group, trainer, "seed", "--seed", "seed of weights, order and draws")
-    add_field(group, trainer, "checkpoint_interval", "--checkpoint-interval", "steps; 0: every epoch")
+    add_field(
+        group, trainer, "checkpoint_interval", "--checkpoint-interval", "steps; 0: at the end of each epoch"
+    )
     add_field(group, trainer, "train_split", "--train-split", "split to train on")
-    add_field(group, trainer, "val_split", "--val-split", "split to evaluate after each epoch")
-    add_cluster_options(parser)
+    add_field(group, trainer, "val_split", "--val-split", "split to evaluate after each epoch, if there")
+    group.add_argument(
+        "--gpu",
+        dest="use_gpu",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="train on a GPU, one for each training process",
+    )
+    add_column_options(parser)
+    add_ray_options(parser, ranks=True)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, with a line for each epoch."""
-    from ats_stream.commands.options import config_from
-    from ats_stream.io import open_pyramid, read_archive
+    from ats_stream.commands.options import archive_from, check_out, check_pyramid, cluster_from, config_from
     from ats_stream.models import ModelConfig
-    from ats_stream.workers import ClusterConfig, RunConfig, SamplerConfig, TrainerConfig, train
+    from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig, train
+    from ats_stream.workers.checkpoint import latest_checkpoint
+    from ats_stream.workers.sampler import view_level
 
-    columns = {name: getattr(arguments, f"{name}_column") for name in ("slide", "label", "split")}
-    archive = read_archive(arguments.archive, columns=columns)
+    check_out(Path(arguments.out), empty=False)
+    # what the options alone decide is checked before any file is opened
     trainer = config_from(arguments, TrainerConfig)
-    first = open_pyramid(archive.split(trainer.train_split)[0].slide).levels[0]
-    config = RunConfig(
-        model=config_from(
-            arguments,
-            ModelConfig,
-            num_classes=len(archive.classes),
-            num_channels=first.shape[0],
-            max_value=_max_value(first.dtype),
-        ),
-        sampler=config_from(arguments, SamplerConfig),
-        trainer=trainer,
-        classes=archive.classes,
+    sampler = config_from(arguments, SamplerConfig)
+    cluster = cluster_from(arguments)
+    config_from(arguments, ModelConfig, num_classes=2)
+    archive = archive_from(arguments, arguments.archive)
+    first = check_pyramid(archive.split(trainer.train_split)[0].slide)
+    full = first.levels[0]
+    model = config_from(
+        arguments,
+        ModelConfig,
+        num_classes=len(archive.classes),
+        num_channels=full.shape[0],
+        max_value=_max_value(full.dtype),
     )
-    cluster = config_from(arguments, ClusterConfig)
-    show = EpochLines(trainer.num_epochs)
-    result = train(archive, arguments.out, config, cluster, on_record=show)
-    print(f"run folder {result.run_dir}, last checkpoint {result.checkpoint.name}")
-    best = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
+    config = RunConfig(model=model, sampler=sampler, trainer=trainer, classes=archive.classes)
+    print(describe(archive, config, view_level(first, sampler.view_downsample)), flush=True)
+    before = latest_checkpoint(Path(arguments.out))
+    if before is not None:
+        print(f"going on from {before}", flush=True)
+    result = train(archive, arguments.out, config, cluster, on_record=EpochLines(trainer.num_epochs))
+    accuracies = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
+    score = f", validation accuracy {accuracies[-1]:.3f}" if accuracies else ""
+    note = " (it was done before)" if before == result.checkpoint else ""
+    print(f"{result.run_dir}: {trainer.num_epochs} epochs done{note}{score}; {result.checkpoint}")
     return {
-        "run": str(result.run_dir),
-        "checkpoint": str(result.checkpoint),
-        "val_accuracy": best[-1] if best else None,
+        "run": str(result.run_dir.absolute()),
+        "checkpoint": str(result.checkpoint.absolute()),
+        "val_accuracy": accuracies[-1] if accuracies else None,
     }
 
 
@@ -105,6 +146,22 @@ def _max_value(dtype: Any) -> float:
     import numpy as np
 
     return float(np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else 1.0
+
+
+def describe(archive: Archive, config: RunConfig, view: Level) -> str:
+    """What a run is going to do, in two lines."""
+    splits = [row.split for row in archive.rows]
+    trainer, sampler = config.trainer, config.sampler
+    counts = f"{splits.count(trainer.train_split)} images of split {trainer.train_split!r}"
+    if trainer.val_split in splits:
+        counts += f", validation on {splits.count(trainer.val_split)} of {trainer.val_split!r}"
+    size = " x ".join(str(n) for n in view.shape[:0:-1])
+    within = f" within {sampler.prior_label}" if sampler.prior_label else ""
+    return (
+        f"training on {counts}; classes {', '.join(config.classes)}\n"
+        f"of the first: view {size} px at 1/{max(view.downsample):g}, "
+        f"{sampler.num_patches} patches of {sampler.patch_px} px drawn{within} ({sampler.scheme})"
+    )
 
 
 @dataclasses.dataclass
@@ -118,10 +175,12 @@ class EpochLines:
         if record["phase"] == "train":
             print(
                 f"epoch {record['epoch']:>3}/{self.num_epochs}  loss {record['loss']:.3f}  "
-                f"accuracy {record['accuracy']:.3f}  sampled mass {record['sampled_mass']:.2f}  "
-                f"{record['images_per_s']:.0f} images/s  waiting {record['wait_share']:.0%}",
+                f"accuracy {record['accuracy']:.3f}  sampled mass {record['sampled_mass']:.2%}  "
+                f"{record['images_per_s']:.1f} images/s  waiting {record['wait_share']:.0%}",
                 flush=True,
             )
         else:
-            numbers = f"val loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
-            print(f"{'':15}{numbers}", flush=True)
+            print(
+                f"{'validation':>13}  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}",
+                flush=True,
+            )
