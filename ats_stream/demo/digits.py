@@ -42,19 +42,19 @@ SPLITS = ("train", "val", "test")
 class DigitsConfig:
     """What the images hold."""
 
-    num_train: int = 600
+    num_train: int = 480
     """Images to train on."""
-    num_val: int = 80
+    num_val: int = 40
     """Images to watch the training with."""
-    num_test: int = 200
+    num_test: int = 160
     """Images of digits that were never trained on."""
     classes: tuple[int, ...] = (0, 1, 2, 3)
     """The digits that occur, and the classes of images."""
-    num_matching: int = 4
+    num_matching: int = 5
     """Digits of the image's class in each image."""
     num_other: int = 1
     """Digits of other classes in each image."""
-    num_clutter: int = 22
+    num_clutter: int = 19
     """Plates of clutter in each image."""
     side_px: int = 8192
     """Side of an image at full resolution."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.sampler import PatchSampler
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class SamplerActor:
     """
 
     def __init__(self, table: list[Any], model: ModelConfig, config: SamplerConfig) -> None:
+        keep_freed_memory()
         slides, labels = ray.get(table[0])
         self._sampler = PatchSampler(slides, labels, model, config)
         self._weights: AttentionWeights | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ats_stream.errors import AtsStreamError, ClusterError
+from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.metrics import MetricsFollower
 from ats_stream.workers.trainer import TrainJob, train_rank
 
@@ -133,6 +134,7 @@ class RayRanks:
 def _ray_rank(loop_config: dict[str, Any]) -> None:
     job: TrainJob = loop_config["job"]
     torch.set_num_threads(job.cluster.threads_per_rank)
+    keep_freed_memory()
     train_rank(job, RayRanks())
 
 
