@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ats_stream.workers.metrics import Record
 
 POLL_INTERVAL_S = 0.3
+CONNECT_TIMEOUT_S = 10.0
 # where Ray Train keeps its own notes in the run folder; our checkpoints stand beside them
 RAY_TRAIN_NAME = "ray-train"
 
@@ -69,6 +71,7 @@ def _connect(config: ClusterConfig, cpus_needed: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **quiet)
         else:
             # CPUs are only bookkeeping here: small machines share their cores
@@ -79,9 +82,16 @@ def _connect(config: ClusterConfig, cpus_needed: float) -> None:
                 object_store_memory=config.object_store_bytes,
                 **quiet,
             )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
         raise ClusterError(f"cannot reach {where}: {_first_line(error)}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at host:port: Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _check_resources(config: ClusterConfig, cpus_needed: float) -> None:
