@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ats_stream.errors import InputError, TargetExistsError
-from ats_stream.workers.config import EXECUTORS, ClusterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ats_stream.io import Archive, Pyramid
+    from ats_stream.workers import ClusterConfig
 
 Config = TypeVar("Config")
 
@@ -46,6 +46,8 @@ def archive_from(
 
 def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
     """Where a command computes; with ``ranks`` what concerns training processes too."""
+    from ats_stream.workers.config import EXECUTORS, ClusterConfig
+
     default = ClusterConfig()
     group = parser.add_argument_group(
         "where it runs", "the options after --executor are for --executor ray alone"
@@ -84,6 +86,8 @@ RAY_FIELDS = (
 
 def cluster_from(arguments: argparse.Namespace, **given: Any) -> ClusterConfig:
     """The cluster that the arguments ask for; InputError for an option that would have no effect."""
+    from ats_stream.workers import ClusterConfig
+
     cluster = config_from(arguments, ClusterConfig, **given)
     unused = [name for name in RAY_FIELDS if hasattr(arguments, name)]
     if cluster.executor != "ray" and unused:
