@@ -65,16 +65,16 @@ def _result_section(result: DemoResult) -> Section:
     first = result.predictions[0]
     side = " x ".join(str(n) for n in first.full_shape[1:])
     rows = (
-        ("patches drawn where attention looks", round(result.accuracy, 3)),
-        ("patches drawn uniformly over the mask", round(result.control_uniform, 3)),
-        ("the low-resolution view alone", round(result.control_low_resolution, 3)),
+        ("patches drawn where attention looks", f"{result.accuracy:.3f}"),
+        ("patches drawn uniformly over the mask", f"{result.control_uniform:.3f}"),
+        ("the low-resolution view alone", f"{result.control_low_resolution:.3f}"),
     )
     return Section(
         heading="Result",
         text=(
             f"Each image has {side} pixels. A few amber plates carry digits that decide its class; "
-            "blue plates carry clutter. The low-resolution view shows which plates are amber, not what they show. Three "
-            "models with the same feature network and head, trained alike:"
+            "blue plates carry clutter. The low-resolution view shows which plates are amber, not what "
+            "they show. Three models with the same feature network and head, trained alike:"
         ),
         table=Table(header=("looks at", "test accuracy"), rows=rows),
     )
