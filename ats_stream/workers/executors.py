@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ats_stream.workers.protocol import AttentionWeights, Item
     from ats_stream.workers.sampler import SamplerConfig
 
-# a sampler that dies (out of memory, lost node) is started again, and the calls it owed are repeated
+# a sampler that dies (out of memory, lost node) is started again, and the calls it owed are repeated; not for
+# ever, because an image that ends its sampler each time must end the run with its name
 ACTOR_RESTARTS = -1
+CALL_RETRIES = 4
 
 
 class Pending(Protocol):
@@ -86,8 +88,9 @@ class RayExecutor:
             num_cpus=cpus_per_sampler,
             num_gpus=gpus_per_sampler,
             max_restarts=ACTOR_RESTARTS,
-            max_task_retries=ACTOR_RESTARTS,
+            max_task_retries=CALL_RETRIES,
         )
+        self._slides = slides
         self._actors = [options.remote([self._table], model, config) for _ in range(num_samplers)]
         self._owed = [0] * num_samplers
         self._published: dict[str, Any] = {}
@@ -103,7 +106,7 @@ class RayExecutor:
         number = min(range(len(self._actors)), key=self._owed.__getitem__)
         self._owed[number] += 1
         reference = self._actors[number].sample.remote(visit, weights.key, [self._published[weights.key]])
-        return _Remote(self, number, reference)
+        return _Remote(self, number, reference, self._slides[visit.image])
 
     def close(self) -> None:
         """End the actors."""
@@ -118,8 +121,8 @@ class RayExecutor:
 
 
 class _Remote:
-    def __init__(self, executor: RayExecutor, number: int, reference: Any) -> None:
-        self._executor, self._number, self._reference = executor, number, reference
+    def __init__(self, executor: RayExecutor, number: int, reference: Any, slide: str) -> None:
+        self._executor, self._number, self._reference, self._slide = executor, number, reference, slide
 
     def result(self) -> Item:
         import ray
@@ -131,7 +134,10 @@ class _Remote:
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, AtsStreamError) else error) from None
         except ray.exceptions.RayActorError as error:
-            raise ClusterError(f"a sampler died and could not be started again: {error}") from error
+            raise ClusterError(
+                f"{self._slide}: its sampler died {CALL_RETRIES + 1} times or could not be started again "
+                "(out of memory, or an image that crashes the process)"
+            ) from error
         finally:
             self._executor._done(self._number)
         return item

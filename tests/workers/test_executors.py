@@ -1,0 +1,177 @@
+"""Items of Ray actors are those of the serial executor, bit for bit, also when actors die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, weights
+
+from ats_stream.errors import ClusterError, InputError, SlideError
+from ats_stream.workers import AttentionWeights, Item, Plan, Stream, executors
+from ats_stream.workers.executors import Executor, RayExecutor, SerialExecutor, make_executor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+
+    from ats_stream.io import Archive
+
+
+def make_plan(*, lag: int | None, batch_size: int = 4, num_epochs: int = 2) -> Plan:
+    return Plan(images=tuple(range(10)), batch_size=batch_size, num_epochs=num_epochs, seed=1, lag=lag)
+
+
+def run(
+    plan: Plan, executor: Executor, *, window: int = 16, before_step: Callable[[int], None] = lambda _: None
+) -> list[Item]:
+    """All items, with a network that changes at every step."""
+    stream = Stream(plan, executor, window=window)
+    stream.publish(0, attention(0))
+    items = []
+    while stream.step < plan.num_steps:
+        before_step(stream.step)
+        items += stream.next_step()
+        stream.publish(stream.step, attention(stream.step))
+    return items
+
+
+def ray_executor(archive: Archive, num_samplers: int) -> RayExecutor:
+    return RayExecutor(*table(archive), MODEL, SAMPLER, num_samplers=num_samplers, cpus_per_sampler=0.1)
+
+
+@pytest.fixture(scope="module")
+def serial(archive: Archive) -> dict[int | None, list[Item]]:
+    """The reference, by lag."""
+    sampler = make_sampler(archive)
+    return {lag: run(make_plan(lag=lag), SerialExecutor(sampler)) for lag in (0, 1, 4, None)}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def pool(request: pytest.FixtureRequest, archive: Archive, ray_local: ModuleType) -> Iterator[RayExecutor]:
+    executor = ray_executor(archive, request.param)
+    yield executor
+    executor.close()
+
+
+def test_the_lag_matters(serial: dict[int | None, list[Item]]) -> None:
+    keys = {lag: [item.attention_key for item in items] for lag, items in serial.items()}
+    assert len({tuple(k) for k in keys.values()}) == 4
+    assert len(set(keys[0])) == 6  # a version for each step
+    draws = {lag: [item.index_N.tolist() for item in items] for lag, items in serial.items()}
+    assert draws[0] != draws[1] != draws[4] != draws[None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1, 4, None])
+@pytest.mark.parametrize("window", [2, 16])
+def test_actors_give_the_items_of_the_serial_executor(
+    pool: RayExecutor, serial: dict[int | None, list[Item]], lag: int | None, window: int
+) -> None:
+    for mine, reference in zip(run(make_plan(lag=lag), pool, window=window), serial[lag], strict=True):
+        assert_same_item(mine, reference)
+
+
+def pids(ray: ModuleType, executor: RayExecutor) -> list[int]:
+    """Process ids of the samplers."""
+    ids: list[Any] = [actor.__ray_call__.remote(lambda _: os.getpid()) for actor in executor._actors]
+    found: list[int] = ray.get(ids)
+    return found
+
+
+@pytest.mark.slow
+def test_samplers_killed_in_mid_stream_change_nothing(
+    archive: Archive, ray_local: ModuleType, serial: dict[int | None, list[Item]]
+) -> None:
+    executor = ray_executor(archive, 2)
+    first = pids(ray_local, executor)
+    killed: list[int] = []
+
+    def kill(step: int) -> None:
+        # one after another; the second time both at once, while the window is full
+        victims = {1: first[:1], 3: pids(ray_local, executor)}.get(step, []) if step in (1, 3) else []
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    try:
+        items = run(make_plan(lag=1), executor, before_step=kill)
+        assert len(killed) == 3
+        assert not set(pids(ray_local, executor)) & set(killed)
+    finally:
+        executor.close()
+    for mine, reference in zip(items, serial[1], strict=True):
+        assert_same_item(mine, reference)
+
+
+@pytest.mark.slow
+def test_an_error_in_an_actor_arrives_as_it_was_raised_and_the_actor_lives_on(
+    archive: Archive, ray_local: ModuleType, serial: dict[int | None, list[Item]]
+) -> None:
+    slides, labels = table(archive)
+    gone = [*slides[:9], "/nowhere/gone.ome.zarr", *slides[10:]]
+    executor = RayExecutor(gone, labels, MODEL, SAMPLER, num_samplers=1, cpus_per_sampler=0.1)
+    plan = Plan(images=(8, 9, 7), batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None)
+    try:
+        stream = Stream(plan, executor)
+        stream.publish(0, attention(0))
+        assert stream.next_step()[0].slide == slides[8]
+        with pytest.raises(SlideError) as caught:
+            stream.next_step()
+        assert type(caught.value) is SlideError
+        assert (caught.value.slide, caught.value.reason) == (
+            "/nowhere/gone.ome.zarr",
+            "no such file or folder",
+        )
+        assert str(caught.value) == "/nowhere/gone.ome.zarr: no such file or folder"
+        assert caught.value.__suppress_context__
+        sound = executor.submit(plan.visits(2)[0], weights(0)).result()
+        assert_same_item(sound, make_sampler(archive).sample(plan.visits(2)[0], weights(0)))
+    finally:
+        executor.close()
+
+
+class Deadly:
+    """Ends the process that unpickles it, as an image that crashes its reader would."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
+
+
+@pytest.mark.slow
+def test_an_item_that_ends_its_sampler_each_time_ends_the_stream_by_name(
+    archive: Archive, ray_local: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "CALL_RETRIES", 1)  # each start of an actor takes seconds
+    executor = ray_executor(archive, 1)
+    deadly: Any = Deadly()
+    try:
+        pending = executor.submit(make_plan(lag=None).visits(0)[0], AttentionWeights("deadly", {"w": deadly}))
+        slide = table(archive)[0][make_plan(lag=None).visits(0)[0].image]
+        with pytest.raises(ClusterError, match=r"ome\.zarr: its sampler died 2 times") as caught:
+            pending.result()
+        assert str(caught.value).startswith(slide)
+        assert "\n" not in str(caught.value)
+    finally:
+        executor.close()
+
+
+@pytest.mark.slow
+def test_closing_ends_the_actors(archive: Archive, ray_local: ModuleType) -> None:
+    executor = ray_executor(archive, 2)
+    actors = list(executor._actors)
+    pids(ray_local, executor)
+    executor.close()
+    for actor in actors:
+        with pytest.raises(ray_local.exceptions.RayActorError):
+            ray_local.get(actor.__ray_call__.remote(lambda _: None))
+
+
+def test_executors_are_made_by_name(archive: Archive) -> None:
+    serial = make_executor("serial", *table(archive), MODEL, SAMPLER)
+    assert isinstance(serial, SerialExecutor)
+    serial.close()
+    with pytest.raises(InputError, match="executor must be serial or ray, got 'dask'"):
+        make_executor("dask", *table(archive), MODEL, SAMPLER)
