@@ -170,7 +170,7 @@ def fit_with_ray(job: TrainJob, run_dir: Path, on_record: Callable[[Record], Non
         ),
         run_config=RunConfig(
             name=f"{RAY_TRAIN_NAME}-{time.time_ns()}",
-            storage_path=str(run_dir),
+            storage_path=str(run_dir.absolute()),  # a relative one is taken for a URL
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
