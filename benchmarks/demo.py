@@ -21,7 +21,9 @@ RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the result goes (%(default)s)")
     arguments = parser.parse_args()
@@ -33,7 +35,16 @@ def main() -> None:
 
 def run_demo(seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "ats_stream.cli", "demo", "--seed", str(seed), "--out", f"{folder}/out"]
+        command = [
+            sys.executable,
+            "-m",
+            "ats_stream.cli",
+            "demo",
+            "--seed",
+            str(seed),
+            "--out",
+            f"{folder}/out",
+        ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     del result["report"]  # it went with the temporary folder

@@ -74,6 +74,8 @@ def _connect(config: ClusterConfig, cpus_needed: float) -> None:
             _knock(address)
             ray.init(address=address, **quiet)
         else:
+            # one machine is not preempted under us, and the watcher for it is a process of 100 MB
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # CPUs are only bookkeeping here: small machines share their cores
             ray.init(
                 address="local",
