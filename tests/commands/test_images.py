@@ -1,0 +1,160 @@
+"""``preprocess`` and ``info`` on real slides, on what is no slide, and on a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+
+from ats_stream.io import open_pyramid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    Run = Callable[..., Any]
+
+
+def test_a_slide_becomes_a_pyramid_that_info_describes(slide_path: Path, tmp_path: Path, run: Run) -> None:
+    done = run("preprocess", slide_path, "--out", tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("CMU-1-Small-Region: 2220 x 2967, 5 levels, 0.499 um/px")
+    target = tmp_path / "CMU-1-Small-Region.ome.zarr"
+    assert [level.shape for level in open_pyramid(target).levels][:2] == [(3, 2967, 2220), (3, 1484, 1110)]
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+    shown = run("info", target, slide_path)
+    assert (shown.code, shown.err) == (0, "")
+    of_pyramid, of_slide = shown.out.split(f"CMU-1-Small-Region: slide {slide_path}")
+    for text in (of_pyramid, of_slide):
+        assert "2220 x 2967 px, 6.59 megapixels, uint8" in text
+        assert "0.499 um" in text
+        assert "20x" in text
+        assert " MB" in text
+    assert "tissue" in of_pyramid
+    assert "3 x 186 x 139" in of_pyramid
+    assert "label, macro, thumbnail" in of_slide
+
+
+def test_existing_pyramids_are_refused_skipped_or_replaced(tmp_path: Path, run: Run) -> None:
+    picture, out = tmp_path / "a.png", tmp_path / "out"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert run("preprocess", picture, "--out", out).code == 0
+    before = (out / "a.ome.zarr").stat().st_ino
+    refused = run("preprocess", picture, "--out", out)
+    assert refused.code == 2
+    assert refused.complaint == f"ats-stream: failed: {picture}: {out / 'a.ome.zarr'}: exists already"
+    assert run("preprocess", picture, "--out", out, "--skip-existing").code == 0
+    assert (out / "a.ome.zarr").stat().st_ino == before
+    Image.new("RGB", (20, 30), "red").save(picture)
+    assert run("preprocess", picture, "--out", out, "--overwrite").code == 0
+    assert open_pyramid(out / "a.ome.zarr").levels[0].shape == (3, 30, 20)
+
+
+def test_a_bad_slide_is_reported_and_the_rest_goes_on(slide_path: Path, tmp_path: Path, run: Run) -> None:
+    text, cut, good, out = (tmp_path / name for name in ("text.svs", "cut.svs", "good.png", "out"))
+    text.write_text("no slide")
+    cut.write_bytes(slide_path.read_bytes()[:1_000_000])
+    Image.new("RGB", (40, 30), "red").save(good)
+    mixed = run("preprocess", text, cut, tmp_path / "none.svs", good, "--out", out)
+    assert mixed.code == 1
+    lines = mixed.err.splitlines()
+    assert lines[0].startswith(f"ats-stream: failed: {text}: not a slide")
+    assert lines[1].startswith(f"ats-stream: failed: {cut}: truncated: ")
+    assert lines[2] == f"ats-stream: failed: {tmp_path / 'none.svs'}: no such file"
+    assert len(lines) == 3
+    assert mixed.out.splitlines()[-1] == "1 of 4 slides converted, 3 failed"
+    assert [path.name for path in out.iterdir()] == ["good.ome.zarr"]
+    assert run("preprocess", cut, "--out", out).code == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--chunk-px", "0", "--chunk-px must be positive, got 0"),
+        ("--shard-px", "100", "--shard-px must be an even multiple of chunk_px=128, got 100"),
+        ("--pixel-size-um", "-1", "--pixel-size-um must be positive, got -1.0"),
+        ("--pixel-size-um", "nan", "--pixel-size-um must be positive, got nan"),
+    ],
+)
+def test_values_out_of_range_name_their_option(
+    flag: str, value: str, said: str, tmp_path: Path, run: Run
+) -> None:
+    failed = run("preprocess", "a.svs", "--out", tmp_path / "out", flag, value)
+    assert (failed.code, failed.out) == (2, "")
+    assert failed.complaint == f"ats-stream: error: {said}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_a_file(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "out").write_text("mine")
+    failed = run("preprocess", "a.svs", "--out", tmp_path / "out")
+    assert failed.code == 2
+    assert failed.complaint.endswith(f"{tmp_path / 'out'}: exists already and is not a folder")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_info_reports_what_it_cannot_read_and_goes_on(tmp_path: Path, run: Run) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.svs"
+    Image.new("L", (40, 30)).save(good)
+    bad.write_text("no slide")
+    shown = run("info", bad, tmp_path / "none", tmp_path, good)
+    assert shown.code == 2
+    for place, line in zip((bad, tmp_path / "none", tmp_path), shown.err.splitlines(), strict=True):
+        assert line.startswith(f"ats-stream: error: {place}: ")
+    assert "40 x 30 px" in shown.out
+
+
+def test_a_disk_that_refuses_ends_it_with_the_file_and_the_reason(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_parts(path: Path, parts: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("ats_stream.io.array_writer.write_parts", write_parts)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    failed = run("preprocess", tmp_path / "a.png", "--out", tmp_path / "out")
+    assert failed.code == 1
+    assert "a.ome.zarr" in failed.complaint
+    assert "No space left on device" in failed.complaint
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def preprocess(*words: object) -> list[str]:
+    return [sys.executable, "-m", "ats_stream.cli", "preprocess", *map(str, words)]
+
+
+def test_a_limit_on_the_size_of_files_leaves_no_pyramid(slide_path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        preprocess(slide_path, "--out", tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"ats-stream: error: {tmp_path / 'CMU-1-Small-Region.ome.zarr'}")
+    assert done.stderr.endswith("File too large\n")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
+    large, out = tmp_path / "large.bmp", tmp_path / "out"
+    Image.effect_noise((5000, 5000), 50).save(large)
+    with subprocess.Popen(
+        preprocess(large, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not (out.is_dir() and list(out.glob("*.partial-*"))):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "ats-stream: interrupted\n")
+    assert list(out.iterdir()) == []
