@@ -1,0 +1,169 @@
+"""Real fits of Ray Train: two ranks equal one process, survive a kill, and fail or stop in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import torch
+from tiny import run_config, without_clock
+
+from ats_stream.errors import ClusterError, SlideError
+from ats_stream.workers import ClusterConfig, train
+from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
+from ats_stream.workers.cluster import ray_cluster
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+    from ats_stream.io import Archive
+    from ats_stream.workers import TrainResult
+
+# Ray Train makes a context of Ray Data, which warns of old defaults of its own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+# long enough for a kill at the first record to come before the end
+CONFIG = run_config(num_epochs=6, lag=1)
+LAST_BIAS = "attention.layers.4.bias"
+TWO_RANKS = ClusterConfig(
+    executor="ray", num_ranks=2, cpus_per_rank=0.5, cpus_per_sampler=0.25, samplers_per_rank=1
+)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    archive: Archive, ray_local: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainResult, list[Any]]:
+    """A whole run of two ranks with a sampler each, and what its listener saw."""
+    seen: list[Any] = []
+    run = tmp_path_factory.mktemp("fit") / "run"
+    return train(archive, run, CONFIG, TWO_RANKS, on_record=seen.append), seen
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_model_of_one_process(
+    archive: Archive, two_ranks: tuple[TrainResult, list[Any]], tmp_path: Path
+) -> None:
+    result, seen = two_ranks
+    serial = train(archive, tmp_path / "serial", CONFIG)
+    assert result.checkpoint.name == serial.checkpoint.name == "step-00000012.pt"
+    mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(serial.checkpoint)
+    for name, weight in reference["model"].items():
+        # the attention's last bias shifts all logits alike: its gradient is rounding, which Adam makes steps of
+        if name != LAST_BIAS:
+            torch.testing.assert_close(mine["model"][name], weight, rtol=1e-5, atol=1e-5)
+    assert seen == result.metrics
+    records, wanted = without_clock(result.metrics), without_clock(serial.metrics)
+    assert len(records) == len(wanted) == 12
+    for record, other in zip(records, wanted, strict=True):
+        assert record.pop("phase") == other.pop("phase")
+        assert record == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert {p.name for p in result.run_dir.iterdir() if not p.name.startswith("ray-train")} == {
+        p.name for p in serial.run_dir.iterdir()
+    }
+
+
+def ranks_of_train() -> list[psutil.Process]:
+    """The processes of Ray Train's ranks below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "TrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_changes_no_bit(
+    archive: Archive, two_ranks: tuple[TrainResult, list[Any]], tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    seen: list[Any] = []
+
+    def kill_once(record: Any) -> None:
+        seen.append(record)
+        if not killed:
+            rank = ranks_of_train()[-1]
+            os.kill(rank.pid, signal.SIGKILL)
+            killed.append(rank.pid)
+
+    cluster = dataclasses.replace(TWO_RANKS, max_failures=1)
+    result = train(archive, tmp_path / "run", CONFIG, cluster, on_record=kill_once)
+    assert len(killed) == 1
+    assert len(list(result.run_dir.glob("tensorboard/events*"))) == 2  # rank 0 was started twice
+    mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(two_ranks[0].checkpoint)
+    for name, weight in reference["model"].items():
+        assert torch.equal(mine["model"][name], weight), name
+    assert without_clock(result.metrics) == without_clock(two_ranks[0].metrics)
+    assert without_clock(seen) == without_clock(result.metrics)  # each once, in order
+
+
+@pytest.mark.slow
+def test_a_slide_that_cannot_be_read_is_named_by_its_own_error(
+    archive: Archive, ray_local: ModuleType, tmp_path: Path
+) -> None:
+    gone = dataclasses.replace(archive.rows[2], slide=str(tmp_path / "gone.ome.zarr"))
+    broken = dataclasses.replace(archive, rows=(*archive.rows[:2], gone, *archive.rows[3:]))
+    with pytest.raises(SlideError) as caught:
+        train(broken, tmp_path / "run", CONFIG, TWO_RANKS)
+    assert str(caught.value) == f"{gone.slide}: no such file or folder"
+
+
+@pytest.mark.slow
+def test_a_cluster_too_small_is_refused_before_anything_is_written(
+    archive: Archive, ray_local: ModuleType, tmp_path: Path
+) -> None:
+    many = dataclasses.replace(TWO_RANKS, samplers_per_rank=40)
+    with pytest.raises(ClusterError, match="has 4 CPUs, the run needs 21"):
+        train(archive, tmp_path / "run", CONFIG, many)
+    if not torch.cuda.is_available():
+        with pytest.raises(ClusterError, match="has 0 GPUs, the run needs 2"):
+            train(archive, tmp_path / "run", CONFIG, dataclasses.replace(TWO_RANKS, use_gpu=True))
+    assert not (tmp_path / "run").exists()
+    with ray_cluster(TWO_RANKS, cpus_needed=1):
+        pass
+    assert ray_local.is_initialized()  # a cluster that was there before stays
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Archive, tmp_path: Path) -> None:
+    where = ("--executor", "ray", "--cpus-per-rank", "0.5", "--cpus-per-sampler", "0.5")
+    what = ("--patches", "4", "--patch-px", "48", "--batch-size", "4", "--epochs", "100000", "--out", "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ats_stream.cli", "train", archive.path, *what, *where],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    children: list[psutil.Process] = []
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("TrainWorker" in " ".join(child.cmdline()) for child in children)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert complaint == "ats-stream: interrupted\n"
+        _, left = psutil.wait_procs(children, timeout=30)
+        assert [child.cmdline() for child in left] == []
+    finally:
+        process.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+    # and the run can be taken up
+    assert find_checkpoint(tmp_path / "run").name.startswith("step-")
