@@ -92,7 +92,7 @@ class Predictor:
             model = PatchClassifier(config.model)
             model.load_state_dict(state["model"])
         except (KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: the weights do not fit their configuration: {reason}") from error
         return cls(model.eval().requires_grad_(False), config)
 
