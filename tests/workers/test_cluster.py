@@ -55,7 +55,7 @@ def test_two_ranks_train_the_model_of_one_process(
     assert result.checkpoint.name == serial.checkpoint.name == "step-00000012.pt"
     mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(serial.checkpoint)
     for name, weight in reference["model"].items():
-        # the attention's last bias shifts all logits alike: its gradient is rounding, which Adam makes steps of
+        # the attention's last bias shifts all logits alike; its gradient is rounding, made steps by Adam
         if name != LAST_BIAS:
             torch.testing.assert_close(mine["model"][name], weight, rtol=1e-5, atol=1e-5)
     assert seen == result.metrics
