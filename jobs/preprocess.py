@@ -1,6 +1,8 @@
 """Convert slides to OME-Zarr pyramids as a Ray job.
 
-ray job submit --working-dir . -- python jobs/preprocess.py SLIDE... --out DIR
+ray job submit --working-dir . -- python jobs/preprocess.py /data/a.svs /data/b.svs --out /data/pyramids
+
+Paths are absolute and on storage that the cluster's nodes share; the last line of output is JSON.
 """
 
 import sys
