@@ -13,7 +13,7 @@ EXIT_INTERRUPTED = 130
 
 
 class AtsStreamError(Exception):
-    """Base of all errors raised on purpose by this package; one line tells what came and what was expected."""
+    """Base of all errors raised on purpose here; one line tells what came and what was expected."""
 
     exit_code: int = EXIT_FAILED
 

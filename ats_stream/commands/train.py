@@ -22,11 +22,13 @@ waiting the share of the time that training waited for patches.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from ats_stream.io import Archive, Level
     from ats_stream.workers import RunConfig
     from ats_stream.workers.metrics import Record
@@ -129,11 +131,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
         print(f"going on from {before}", flush=True)
-    result = train(archive, arguments.out, config, cluster, on_record=EpochLines(trainer.num_epochs))
+    with EpochLines(trainer.num_epochs) as lines:
+        result = train(
+            archive, arguments.out, config, cluster, on_record=lines.on_record, on_step=lines.on_step
+        )
     accuracies = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
     score = f", validation accuracy {accuracies[-1]:.3f}" if accuracies else ""
     note = " (it was done before)" if before == result.checkpoint else ""
-    print(f"{result.run_dir}: {trainer.num_epochs} epochs done{note}{score}; {result.checkpoint}")
+    epochs = f"{trainer.num_epochs} epoch{'s' * (trainer.num_epochs != 1)}"
+    print(f"{result.run_dir}: {epochs} done{note}{score}; {result.checkpoint}")
     return {
         "run": str(result.run_dir.absolute()),
         "checkpoint": str(result.checkpoint.absolute()),
@@ -164,23 +170,39 @@ def describe(archive: Archive, config: RunConfig, view: Level) -> str:
     )
 
 
-@dataclasses.dataclass
 class EpochLines:
-    """Prints each epoch as a line when its records come in."""
+    """Prints each epoch as a line, under which a bar shows the steps if standard error is a terminal."""
 
-    num_epochs: int
+    def __init__(self, num_epochs: int) -> None:
+        from tqdm import tqdm
 
-    def __call__(self, record: Record) -> None:
+        self.num_epochs = num_epochs
+        self._bar = tqdm(unit="step", disable=not sys.stderr.isatty(), leave=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def on_step(self, step: int, num_steps: int) -> None:
+        """Move the bar."""
+        if self._bar.total != num_steps:
+            # what was done before a resume does not count for the speed
+            self._bar.reset(num_steps)
+            self._bar.initial = self._bar.n = step - 1
+        self._bar.update(step - self._bar.n)
+
+    def on_record(self, record: Record) -> None:
         """Print one record."""
         if record["phase"] == "train":
-            print(
+            line = (
                 f"epoch {record['epoch']:>3}/{self.num_epochs}  loss {record['loss']:.3f}  "
                 f"accuracy {record['accuracy']:.3f}  sampled mass {record['sampled_mass']:.2%}  "
-                f"{record['images_per_s']:.1f} images/s  waiting {record['wait_share']:.0%}",
-                flush=True,
+                f"{record['images_per_s']:.1f} images/s  waiting {record['wait_share']:.0%}"
             )
         else:
-            print(
-                f"{'validation':>13}  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}",
-                flush=True,
-            )
+            line = f"{'validation':>13}  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
+        self._bar.clear()
+        print(line, flush=True)
+        self._bar.refresh()

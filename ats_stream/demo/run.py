@@ -111,9 +111,9 @@ def _run(out: Path, config: DemoConfig) -> DemoResult:
 
             print("starting Ray: 2 training ranks, each with a sampler")
             stack.enter_context(ray_cluster(cluster, cpus_needed=2))
-        train(archive, runs["attention"], main, cluster, on_record=EpochLines(config.num_epochs))
+        _train(archive, runs["attention"], main, cluster)
         print("control: the same model, drawing uniformly over the mask")
-        train(archive, runs["uniform"], uniform, cluster, on_record=EpochLines(config.num_epochs))
+        _train(archive, runs["uniform"], uniform, cluster)
     print("control: the same feature network and head on the low-resolution view alone")
     test = archive.split("test").rows
     with _Bar("steps") as bar:
@@ -163,6 +163,11 @@ def _run_config(archive: Archive, digits: DigitsConfig, config: DemoConfig) -> R
         ),
         classes=archive.classes,
     )
+
+
+def _train(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig) -> None:
+    with EpochLines(config.trainer.num_epochs) as lines:
+        train(archive, run, config, cluster, on_record=lines.on_record, on_step=lines.on_step)
 
 
 def _predict(run: Path, rows: Sequence[Any]) -> list[Predicted]:

@@ -13,7 +13,7 @@ import torch
 
 from ats_stream.errors import AtsStreamError, ClusterError
 from ats_stream.workers.allocator import keep_freed_memory
-from ats_stream.workers.metrics import MetricsFollower
+from ats_stream.workers.metrics import MetricsFollower, read_progress
 from ats_stream.workers.trainer import TrainJob, train_rank
 
 if TYPE_CHECKING:
@@ -150,7 +150,12 @@ def _ray_rank(loop_config: dict[str, Any]) -> None:
     train_rank(job, RayRanks())
 
 
-def fit_with_ray(job: TrainJob, run_dir: Path, on_record: Callable[[Record], None]) -> None:
+def fit_with_ray(
+    job: TrainJob,
+    run_dir: Path,
+    on_record: Callable[[Record], None],
+    on_step: Callable[[int, int], None],
+) -> None:
     """Run the training loop in ``num_ranks`` processes of Ray Train, and follow its metrics.
 
     Raises what a rank raised, if that is one of our errors, else ClusterError. KeyboardInterrupt ends the
@@ -176,12 +181,17 @@ def fit_with_ray(job: TrainJob, run_dir: Path, on_record: Callable[[Record], Non
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    failure = _fit_in_thread(trainer, run_dir, on_record)
+    failure = _fit_in_thread(trainer, run_dir, on_record, on_step)
     if failure is not None:
         raise _in_our_words(failure) from failure
 
 
-def _fit_in_thread(trainer: Any, run_dir: Path, on_record: Callable[[Record], None]) -> BaseException | None:
+def _fit_in_thread(
+    trainer: Any,
+    run_dir: Path,
+    on_record: Callable[[Record], None],
+    on_step: Callable[[int, int], None],
+) -> BaseException | None:
     """Fit beside the main thread, which shows the metrics and stays open to Ctrl-C.
 
     In the main thread Ray Train would put a handler of its own on Ctrl-C that ends in exit code 0.
@@ -202,6 +212,9 @@ def _fit_in_thread(trainer: Any, run_dir: Path, on_record: Callable[[Record], No
         has_ended = not thread.is_alive()  # asked before reading, so that no record is missed
         for record in follower.new_records():
             on_record(record)
+        progress = read_progress(run_dir)
+        if progress is not None:
+            on_step(*progress)
         if has_ended:
             return failures[0] if failures else None
 

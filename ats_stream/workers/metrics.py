@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+PROGRESS_FILE = "progress.json"
+PROGRESS_INTERVAL_S = 1.0
 
 Record = dict[str, Any]
 
@@ -25,12 +28,19 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, resumed_step: int, on_record: Callable[[Record], None] | None = None
+        self,
+        run_dir: Path,
+        *,
+        resumed_step: int,
+        on_record: Callable[[Record], None] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / METRICS_FILE
-        self._on_record = on_record
+        self._run_dir = run_dir
+        self._on_record, self._on_step = on_record, on_step
+        self._progress_s = 0.0
         keep_metrics(run_dir, resumed_step)
         try:
             # the folder is made here, where its failure leaves nothing open
@@ -54,10 +64,19 @@ class MetricsLog:
         if self._on_record is not None:
             self._on_record(record)
 
+    def progress(self, step: int, num_steps: int) -> None:
+        """Tell how far the run is: to ``on_step``, else in a file that other processes may look at."""
+        if self._on_step is not None:
+            self._on_step(step, num_steps)
+        elif time.monotonic() - self._progress_s >= PROGRESS_INTERVAL_S:
+            self._progress_s = time.monotonic()
+            write_atomic(self._run_dir / PROGRESS_FILE, json.dumps([step, num_steps]).encode())
+
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; of a run that goes on nowhere there is no progress to look at."""
         self._file.close()
         self._board.close()
+        (self._run_dir / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 class MetricsFollower:
@@ -76,11 +95,21 @@ class MetricsFollower:
         return found
 
 
+def read_progress(run_dir: Path) -> tuple[int, int] | None:
+    """How far a run on Ray is: steps done and all steps; None if it has not said yet."""
+    try:
+        step, num_steps = json.loads((run_dir / PROGRESS_FILE).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return None
+    return int(step), int(num_steps)
+
+
 def keep_metrics(run_dir: Path, resumed_step: int) -> None:
     """Drop the records of steps after ``resumed_step``; StorageError if the disk refuses."""
     kept = [record for record in read_metrics(run_dir) if record["step"] <= resumed_step]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomic(run_dir / METRICS_FILE, lines.encode())
+    (run_dir / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def read_metrics(run_dir: Path) -> list[Record]:

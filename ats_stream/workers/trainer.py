@@ -106,7 +106,12 @@ class Alone:
         """Nobody listens."""
 
 
-def train_rank(job: TrainJob, ranks: Ranks, on_record: Callable[[Record], None] | None = None) -> None:
+def train_rank(
+    job: TrainJob,
+    ranks: Ranks,
+    on_record: Callable[[Record], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
     """Train from the newest checkpoint of the run folder, or from the start, to the last step."""
     executor = make_executor(
         job.cluster.executor,
@@ -122,7 +127,9 @@ def train_rank(job: TrainJob, ranks: Ranks, on_record: Callable[[Record], None] 
         trainer.resume()
         log = None
         if ranks.rank == 0:
-            log = MetricsLog(Path(job.run_dir), resumed_step=trainer.stream.step, on_record=on_record)
+            log = MetricsLog(
+                Path(job.run_dir), resumed_step=trainer.stream.step, on_record=on_record, on_step=on_step
+            )
         try:
             trainer.run(log)
         finally:
@@ -228,6 +235,8 @@ class RankTrainer:
         while self.stream.step < self.plan.num_steps:
             self.totals.add(self.step())
             step = self.stream.step
+            if log is not None:
+                log.progress(step, self.plan.num_steps)
             epoch_ends = step % self.plan.steps_per_epoch == 0
             if epoch_ends:
                 train = self.totals.numbers(self.ranks)

@@ -39,10 +39,12 @@ def train(
     cluster: ClusterConfig | None = None,
     *,
     on_record: Callable[[Record], None] = lambda _record: None,
+    on_step: Callable[[int, int], None] = lambda _step, _num_steps: None,
 ) -> TrainResult:
     """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
 
-    ``on_record`` sees each record of the metrics as it is written. Raises ArchiveError for an empty split,
+    ``on_record`` sees each record of the metrics as it is written, ``on_step`` how many steps are done, of
+    how many. Raises ArchiveError for an empty split,
     InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
     folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
     that cannot be read.
@@ -58,11 +60,11 @@ def train(
         per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
         with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
             _prepare(run, job, start_step)
-            fit_with_ray(job, run, on_record)
+            fit_with_ray(job, run, on_record, on_step)
     else:
         alone = Alone(_device(cluster))
         _prepare(run, job, start_step)
-        train_rank(job, alone, on_record)
+        train_rank(job, alone, on_record, on_step)
     return TrainResult(run, find_checkpoint(run), read_metrics(run))
 
 

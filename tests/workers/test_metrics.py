@@ -14,6 +14,7 @@ from ats_stream.workers.metrics import (
     MetricsFollower,
     MetricsLog,
     read_metrics,
+    read_progress,
 )
 
 if TYPE_CHECKING:
@@ -102,3 +103,18 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, name:
         (tmp_path / name).write_bytes(b"a file")
     with pytest.raises(StorageError, match=str(tmp_path)):
         MetricsLog(tmp_path, resumed_step=0)
+
+
+def test_progress_goes_to_the_listener_or_into_a_file_while_the_run_goes_on(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    log = MetricsLog(tmp_path, resumed_step=0, on_step=lambda *step: seen.append(step))
+    log.progress(1, 9)
+    log.progress(2, 9)
+    assert (seen, read_progress(tmp_path)) == ([(1, 9), (2, 9)], None)
+    log.close()
+    log = MetricsLog(tmp_path, resumed_step=0)
+    assert read_progress(tmp_path) is None
+    log.progress(3, 9)
+    assert read_progress(tmp_path) == (3, 9)
+    log.close()
+    assert read_progress(tmp_path) is None

@@ -56,6 +56,12 @@ def test_the_same_command_gives_the_same_weights(
     assert without_clock(again.metrics) == without_clock(trained[1])
 
 
+def test_each_step_is_told(archive: Archive, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    train(archive, tmp_path / "run", CONFIG, on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_a_finished_run_is_returned_at_once(archive: Archive, trained: tuple[TrainResult, list[Any]]) -> None:
     seen: list[Any] = []
     again = train(archive, trained[0].run_dir, CONFIG, on_record=seen.append)
