@@ -46,7 +46,10 @@ class MetricsLog:
             # the folder is made here, where its failure leaves nothing open
             (run_dir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1)
+            # its thread may sleep this long after Ctrl-C has cut a write short; the default is two minutes
+            self._board = SummaryWriter(
+                str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1, flush_secs=1
+            )
         except OSError as error:
             raise StorageError(f"{run_dir}: cannot write metrics: {error.strerror or error}") from error
 
