@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -153,7 +154,7 @@ def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
         preprocess(large, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None and not (out.is_dir() and list(out.glob("*.partial-*"))):
-            pass
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "ats-stream: interrupted\n")
