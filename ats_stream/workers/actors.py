@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 class SamplerActor:
     """A :class:`PatchSampler` behind remote calls.
 
-    References come inside lists, so that Ray hands them over as references and an actor fetches weights only
-    when their key is new to it.
+    The weights' reference comes inside a list, so that Ray hands it over as a reference and an actor fetches
+    weights only when their key is new to it. Slide and label come with each call: a table in the object store
+    would have to outlive every restart.
     """
 
-    def __init__(self, table: list[Any], model: ModelConfig, config: SamplerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: SamplerConfig) -> None:
         keep_freed_memory()
-        slides, labels = ray.get(table[0])
-        self._sampler = PatchSampler(slides, labels, model, config)
+        self._slides: dict[int, str] = {}
+        self._labels: dict[int, int] = {}
+        self._sampler = PatchSampler(self._slides, self._labels, model, config)
         self._weights: AttentionWeights | None = None
 
-    def sample(self, visit: Visit, key: str, weights: list[Any]) -> Item:
+    def sample(self, visit: Visit, slide: str, label: int, key: str, weights: list[Any]) -> Item:
         """One item."""
+        self._slides[visit.image], self._labels[visit.image] = slide, label
         if self._weights is None or self._weights.key != key:
             self._weights = ray.get(weights[0])
         return self._sampler.sample(visit, self._weights)

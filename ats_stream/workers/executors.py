@@ -78,20 +78,16 @@ class RayExecutor:
         cpus_per_sampler: float,
         gpus_per_sampler: float = 0.0,
     ) -> None:
-        import ray
-
         from ats_stream.workers.actors import SamplerActor
 
-        # the table is put into the object store once, whatever the number of actors
-        self._table = ray.put((list(slides), list(labels)))
         options = SamplerActor.options(  # type: ignore[attr-defined]  # the decorator adds it
             num_cpus=cpus_per_sampler,
             num_gpus=gpus_per_sampler,
             max_restarts=ACTOR_RESTARTS,
             max_task_retries=CALL_RETRIES,
         )
-        self._slides = slides
-        self._actors = [options.remote([self._table], model, config) for _ in range(num_samplers)]
+        self._slides, self._labels = slides, labels
+        self._actors = [options.remote(model, config) for _ in range(num_samplers)]
         self._owed = [0] * num_samplers
         self._published: dict[str, Any] = {}
 
@@ -105,15 +101,17 @@ class RayExecutor:
             self._published[weights.key] = ray.put(weights)
         number = min(range(len(self._actors)), key=self._owed.__getitem__)
         self._owed[number] += 1
-        reference = self._actors[number].sample.remote(visit, weights.key, [self._published[weights.key]])
-        return _Remote(self, number, reference, self._slides[visit.image])
+        slide, label = self._slides[visit.image], self._labels[visit.image]
+        reference = self._actors[number].sample.remote(
+            visit, slide, label, weights.key, [self._published[weights.key]]
+        )
+        return _Remote(self, number, reference, slide)
 
     def close(self) -> None:
-        """End the actors."""
-        import ray
+        """Let the actors end, once they are through with what is still pending.
 
-        for actor in self._actors:
-            ray.kill(actor)
+        Nobody else holds them; killed while they owe items, Ray would tell the user so for each item.
+        """
         self._actors = []
 
     def _done(self, number: int) -> None:

@@ -23,7 +23,7 @@ from ats_stream.workers.cache import ByteCache
 from ats_stream.workers.protocol import Array, AttentionWeights, Item
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ats_stream.io import Level, Pyramid
     from ats_stream.workers.plan import Visit
@@ -85,7 +85,11 @@ class PatchSampler:
     """
 
     def __init__(
-        self, slides: Sequence[str], labels: Sequence[int], model: ModelConfig, config: SamplerConfig
+        self,
+        slides: Sequence[str] | Mapping[int, str],
+        labels: Sequence[int] | Mapping[int, int],
+        model: ModelConfig,
+        config: SamplerConfig,
     ) -> None:
         self.slides = slides
         self.labels = labels

@@ -6,6 +6,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, weights
 
@@ -159,14 +160,18 @@ def test_an_item_that_ends_its_sampler_each_time_ends_the_stream_by_name(
 
 
 @pytest.mark.slow
-def test_closing_ends_the_actors(archive: Archive, ray_local: ModuleType) -> None:
+def test_closing_ends_the_actors_without_a_word(
+    archive: Archive, ray_local: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
     executor = ray_executor(archive, 2)
-    actors = list(executor._actors)
-    pids(ray_local, executor)
+    processes = [psutil.Process(pid) for pid in pids(ray_local, executor)]
+    plan = make_plan(lag=None)
+    pending = [executor.submit(visit, weights(0)) for step in range(4) for visit in plan.visits(step)]
+    pending[0].result()
     executor.close()
-    for actor in actors:
-        with pytest.raises(ray_local.exceptions.RayActorError):
-            ray_local.get(actor.__ray_call__.remote(lambda _: None))
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert left == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_executors_are_made_by_name(archive: Archive) -> None:
