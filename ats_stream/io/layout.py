@@ -29,6 +29,10 @@ DTYPES = frozenset(
         "float64",
     }
 )
+# what metadata may claim; more is an error in them, or an attack
+MAX_LEVEL_PX = 1 << 46  # eight million pixels squared
+MAX_CHUNK_BYTES = 512 << 20  # 512 MiB: a chunk is decoded as a whole
+MAX_CHUNKS_PER_SHARD = 1 << 22  # an index of 64 MiB
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -99,14 +103,14 @@ def parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
     """
     try:
         return _parse_array_json(meta)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"broken array metadata: {type(error).__name__}: {error}") from error
 
 
 def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
     if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
         raise ValueError("not a zarr v3 array")
-    shape = tuple(int(n) for n in meta["shape"])
+    shape = _whole_numbers(meta["shape"])
     codecs = list(meta["codecs"])
     if (
         meta["data_type"] not in DTYPES
@@ -115,27 +119,35 @@ def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
     ):
         return None
     dtype = np.dtype(meta["data_type"])
-    shard_shape = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+    shard_shape = _whole_numbers(meta["chunk_grid"]["configuration"]["chunk_shape"])
     chunk_shape, has_crc, at_end, is_sharded = shard_shape, True, True, False
     if [c["name"] for c in codecs] == ["sharding_indexed"]:
         config = codecs[0]["configuration"]
-        chunk_shape = tuple(int(n) for n in config["chunk_shape"])
-        index_names = [c["name"] for c in config["index_codecs"]]
-        if index_names not in (["bytes", "crc32c"], ["bytes"]):
+        chunk_shape = _whole_numbers(config["chunk_shape"])
+        index_names, location = (
+            [c["name"] for c in config["index_codecs"]],
+            config.get("index_location", "end"),
+        )
+        if index_names not in (["bytes", "crc32c"], ["bytes"]) or location not in {"start", "end"}:
             return None
-        is_sharded, has_crc = True, index_names[-1] == "crc32c"
-        at_end = config.get("index_location", "end") == "end"
+        if config["index_codecs"][0]["configuration"]["endian"] != "little":
+            return None
+        is_sharded, has_crc, at_end = True, index_names[-1] == "crc32c", location == "end"
         codecs = list(config["codecs"])
-    if not len(shape) == len(shard_shape) == len(chunk_shape) or min((*shape, *chunk_shape), default=0) < 1:
+    smallest = min((*shape, *shard_shape, *chunk_shape), default=0)
+    if not len(shape) == len(shard_shape) == len(chunk_shape) or smallest < 1:
         raise ValueError(f"shape {shape}, shards {shard_shape}, chunks {chunk_shape}")
     if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True)):
         raise ValueError(f"shards {shard_shape} are no multiples of chunks {chunk_shape}")
+    check_bounds(shape, chunk_shape, shard_shape, dtype)
     decoder = parse_codecs(codecs, chunk_shape, dtype)
     encoding = meta["chunk_key_encoding"]
     is_default = encoding["name"] == "default"
     if decoder is None or encoding["name"] not in {"default", "v2"}:
         return None
     separator = (encoding.get("configuration") or {}).get("separator", "/" if is_default else ".")
+    if separator not in {"/", "."}:
+        raise ValueError(f"chunk keys with separator {separator!r}")
     return ArrayLayout(
         shape=shape,
         dtype=dtype,
@@ -157,9 +169,40 @@ def _fill_value(value: Any, dtype: np.dtype[Any]) -> Any:
         if value.startswith("0x"):
             return np.array(int(value, 16), dtype=f"u{dtype.itemsize}").view(dtype)[()]
         value = float(value.replace("Infinity", "inf"))
-    return np.asarray(value).astype(dtype)[()]
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"fill_value {value!r}")
+    if dtype.kind != "f":
+        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if value != value or not low <= value <= high or value != int(value):
+            raise ValueError(f"fill_value {value} does not fit {dtype}")
+        value = int(value)
+    with np.errstate(over="ignore"):
+        return np.asarray(value).astype(dtype)[()]
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(n) is int for n in values):
+        raise ValueError(f"expected a list of whole numbers, got {values!r}")
+    return tuple(values)
+
+
+def check_bounds(
+    shape: Sequence[int], chunk_shape: Sequence[int], shard_shape: Sequence[int], dtype: np.dtype[Any]
+) -> None:
+    """ValueError for an array larger, or with larger chunks, than images have."""
+    num_px, chunk_bytes = math.prod(shape), math.prod(chunk_shape) * dtype.itemsize
+    per_shard = math.prod(grid_shape(shard_shape, chunk_shape))
+    num_chunks = math.prod(grid_shape(shape, shard_shape)) * per_shard
+    if max(num_px, num_chunks) > MAX_LEVEL_PX:
+        raise ValueError(
+            f"too large: {num_px} pixels in {num_chunks} chunks, at most {MAX_LEVEL_PX} are read"
+        )
+    if chunk_bytes > MAX_CHUNK_BYTES:
+        raise ValueError(f"too large: chunks of {chunk_bytes} bytes, at most {MAX_CHUNK_BYTES} are read")
+    if per_shard > MAX_CHUNKS_PER_SHARD:
+        raise ValueError(f"too large: {per_shard} chunks per shard, at most {MAX_CHUNKS_PER_SHARD} are read")
 
 
 def grid_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
     """Number of blocks along each axis that cover ``shape``."""
-    return tuple(math.ceil(n / b) for n, b in zip(shape, block, strict=True))
+    return tuple(-(-n // b) for n, b in zip(shape, block, strict=True))

@@ -168,9 +168,9 @@ def parse_image(attributes: Mapping[str, Any]) -> Multiscale:
     try:
         axes = tuple(str(a["name"]) for a in first["axes"])
         types = tuple(str(a.get("type", AXIS_TYPES.get(a["name"], "space"))) for a in first["axes"])
-        units = tuple(a.get("unit") for a in first["axes"])
+        units = tuple(u if isinstance(u := a.get("unit"), str) else None for a in first["axes"])
         datasets = tuple(_parse_dataset(d, len(axes), first) for d in first["datasets"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"broken multiscales metadata: {type(error).__name__}: {error}") from error
     if not datasets:
         raise ValueError("multiscales metadata list no datasets")
@@ -223,7 +223,7 @@ def _parse_channels(omero: Any) -> tuple[Channel, ...]:
         window = entry.get("window")
         try:
             limits = (float(window["start"]), float(window["end"])) if isinstance(window, Mapping) else None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             limits = None
         label = str(entry.get("label", f"channel {i}"))
         channels.append(Channel(label=label, color=str(entry.get("color", "FFFFFF")), window=limits))
@@ -241,7 +241,7 @@ def pixel_size_um(
     multiscale: Multiscale, dataset: Dataset, space_axes: Sequence[int]
 ) -> tuple[float, ...] | None:
     """Pixel size in micrometres along the given axes; ``None`` unless every one of them has a known unit of
-    length.
+    length and a sensible size.
     """
     sizes = []
     for axis in space_axes:
@@ -249,4 +249,5 @@ def pixel_size_um(
         if factor is None:
             return None
         sizes.append(dataset.scale[axis] * factor)
-    return tuple(sizes)
+    # from atoms to planets; beyond, products of sizes would overflow
+    return tuple(sizes) if all(1e-9 < s < 1e12 for s in sizes) else None

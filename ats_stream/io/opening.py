@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+MAX_JSON_BYTES = 64 << 20  # 64 MiB
+MAX_AXES = 8
+
+
 def open_pyramid(
     source: str | os.PathLike[str] | npt.NDArray[Any],
     *,
@@ -58,7 +62,8 @@ def open_pyramid(
     except ValueError as error:
         if isinstance(error, SlideError):
             raise
-        raise SlideError(text, str(error)) from error
+        # what the store holds may stand in the message, line breaks and all
+        raise SlideError(text, " ".join(str(error).split())) from error
     except OSError as error:
         raise SlideError(text, f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -93,6 +98,8 @@ def _open_folder(path: Path, cache_bytes: int, num_threads: int) -> Pyramid:
     sources: list[ChunkSource] = []
     for dataset in image.datasets:
         folder = path / dataset.path
+        if not _is_inside(dataset.path):
+            raise ValueError(f"level {dataset.path!r} leads out of the folder")
         if axis_map is None:
             axis_map = _axis_map(image, _stored_shape(folder, dataset.path))
         sources.append(_open_level(folder, dataset.path, axis_map))
@@ -125,6 +132,8 @@ def _attributes(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"broken {path.name}: not a file of at most {MAX_JSON_BYTES} bytes")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -143,7 +152,7 @@ def _array_meta(folder: Path, name: str) -> dict[str, Any]:
 
 def _stored_shape(folder: Path, name: str) -> tuple[int, ...]:
     shape = _array_meta(folder, name).get("shape")
-    if not isinstance(shape, list) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"level {name!r}: broken array metadata: shape {shape}")
     return tuple(shape)
 
@@ -165,8 +174,10 @@ def _axis_map(image: ngff.Multiscale, shape: Sequence[int]) -> AxisMap:
         raise ValueError(f"array has shape {tuple(shape)}, the image axes {''.join(image.axes)}")
     channel = [i for i, t in enumerate(image.axis_types) if t == "channel"]
     planes = [i for i, t in enumerate(image.axis_types) if t == "space"]
-    if len(channel) > 1 or len(planes) < 2:
-        raise ValueError(f"axes {''.join(image.axes)} need two space axes and at most one channel axis")
+    if len(channel) > 1 or len(planes) < 2 or len(shape) > MAX_AXES:
+        raise ValueError(
+            f"axes {''.join(image.axes)} need two space axes, at most one channel axis, {MAX_AXES} in all"
+        )
     dropped = {i for i in range(len(shape)) if i not in channel and i not in planes[-2:] and shape[i] == 1}
     others = [i for i in range(len(shape)) if i not in channel and i not in dropped]
     return AxisMap((channel[0] if channel else None, *others), len(shape))
@@ -227,5 +238,15 @@ def _labels(path: Path) -> tuple[tuple[str, str], ...]:
         names = ngff.parse_labels(_attributes(folder))
     except (ValueError, OSError):
         return ()
-    inside = [n for n in names if ".." not in Path(n).parts and (folder / n).is_dir()]
-    return tuple((name, str(folder / name)) for name in inside)
+    return tuple((n, str(folder / n)) for n in names if _is_inside(n) and (folder / n).is_dir())
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path that metadata give stays under their folder.
+
+    >>> [_is_inside(name) for name in ("0", "a/b", "../b", "/etc", "a\\0", "n" * 300)]
+    [True, True, False, False, False, False]
+    """
+    path = Path(name)
+    is_path = "\0" not in name and name.isprintable() and all(len(part) < 256 for part in path.parts)
+    return is_path and not path.is_absolute() and ".." not in path.parts

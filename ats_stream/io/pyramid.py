@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io.fetch import ChunkCache, ReadStats, read_plan
+from ats_stream.io.layout import grid_shape
 from ats_stream.io.plan import plan_patches
 from ats_stream.io.reduce import shrink
 from ats_stream.io.sources import ChunkError, ChunkSource
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from ats_stream.io.ngff import Channel
 
 Array = npt.NDArray[Any]
+# requests of less are not held against the memory that is free
+UNCHECKED_BYTES = 256 << 20  # 256 MiB
+# parts of chunks that one call may copy: planning takes less than a kilobyte for each
+MAX_PIECES = 1 << 20
 # pixels of a level that a thumbnail holds at once
 THUMBNAIL_STRIP_PX = 16 << 20
 
@@ -166,7 +173,8 @@ class Pyramid:
     ) -> Array:
         """Read a box of the level, by default all of it; ``start`` and ``stop`` are over (C, *space).
 
-        Raises InputError for a box that reaches outside, SlideError when the store is damaged.
+        Raises InputError for a box that reaches outside or does not fit into memory, SlideError when the
+        store is damaged.
         """
         target = self._level(level)
         first = tuple(int(v) for v in start) if start is not None else (0,) * len(target.shape)
@@ -179,7 +187,7 @@ class Pyramid:
                 f"{self.slide}: box {first} to {last} does not lie in level {target.index} {target.shape}"
             )
         size = tuple(b - a for a, b in zip(first, last, strict=True))
-        out = np.empty((1, *size), target.dtype)
+        out = self._empty((1, *size), target.dtype)
         if out.size:
             self._read_into(target, np.array([first]), size, 0, out)
         box: Array = out[0]
@@ -199,7 +207,7 @@ class Pyramid:
         ``offsets_ND`` are the first pixels of the patches in pixels of that level, integers; they may be
         negative or reach past the edge, what lies outside is ``fill``. Every chunk is fetched and decoded
         once per call. ``out``, if given, is filled and returned. Raises SlideError when the store is damaged,
-        InputError for arguments that do not fit.
+        InputError for arguments that do not fit, or too many pixels or chunks for one call.
         """
         target = self._level(level)
         offsets = np.asarray(offsets_ND)
@@ -215,13 +223,23 @@ class Pyramid:
             raise InputError(f"size must be {num_space} positive numbers, got {size}")
         shape = (len(offsets), target.shape[0], *size)
         if out is None:
-            out = np.empty(shape, target.dtype)
+            out = self._empty(shape, target.dtype)
         elif out.shape != shape or out.dtype != target.dtype:
             raise InputError(f"out must be {target.dtype} {shape}, got {out.dtype} {out.shape}")
         with_channel = np.zeros((len(offsets), num_space + 1), np.int64)
         with_channel[:, 1:] = offsets
         self._read_into(target, with_channel, shape[1:], fill, out)
         return out
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new array; InputError when it is large and does not fit into the memory that is free."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes <= UNCHECKED_BYTES or nbytes <= psutil.virtual_memory().available:
+            with suppress(MemoryError):
+                return np.empty(shape, dtype)
+        raise InputError(
+            f"{self.slide}: {nbytes} bytes of pixels {shape} do not fit into memory, read smaller boxes"
+        )
 
     def _level(self, level: int | Level) -> Level:
         index = level.__index__()
@@ -233,6 +251,15 @@ class Pyramid:
         self, level: Level, offsets: npt.NDArray[np.int64], size: Sequence[int], fill: float, out: Array
     ) -> None:
         source = self._sources[level.index]
+        patch_grid, level_grid = (grid_shape(s, source.chunk_shape) for s in (size, source.shape))
+        num_pieces = len(offsets) * math.prod(
+            min(p + 1, n) for p, n in zip(patch_grid, level_grid, strict=True)
+        )
+        if num_pieces > MAX_PIECES:
+            raise InputError(
+                f"{self.slide}: this takes {num_pieces} pieces of chunks {source.chunk_shape}, "
+                f"at most {MAX_PIECES} are read at once: read smaller boxes or fewer patches"
+            )
         plan = plan_patches(source.shape, source.chunk_shape, source.shard_shape, offsets, size)
         if plan.outside.any():
             out[plan.outside] = fill
@@ -241,7 +268,8 @@ class Pyramid:
                 source, plan, out, level=level.index, cache=self._cache, num_threads=self._num_threads
             )
         except ChunkError as error:
-            raise SlideError(self.slide, f"level {level.index}: {error}") from error
+            reason = " ".join(str(error).split())  # zarr-python also writes several lines
+            raise SlideError(self.slide, f"level {level.index}: {reason}") from error
         with self._lock:
             self._stats[level.index] += stats
 

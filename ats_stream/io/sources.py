@@ -6,6 +6,7 @@ Every source shows its level as (C, *space), whatever axes the stored array has.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ats_stream.io.layout import check_bounds
 from ats_stream.io.shard import ABSENT, check_index, index_nbytes, parse_index
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Place = tuple[int, ...]
+# without O_NONBLOCK, opening a pipe would wait for its writer
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 INDEX_CACHE_BYTES = 16 << 20  # 16 MiB: a thousand shards of 32 x 32 chunks
 
 
@@ -55,7 +59,7 @@ class ChunkSource(Protocol):
         """Yield the stored chunks of one shard in the order asked for."""
 
     def decode(self, raw: RawChunk) -> Array:
-        """Turn a stored chunk with data into pixels (C, *space) of the chunk's full shape."""
+        """Turn a stored chunk with data into pixels (C, *space); outside of the level it may be cut off."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class LocalSource:
         """Read the byte ranges of the chunks; a missing file means that all its chunks are absent."""
         key = self.layout.key(self.axes.stored(shard))
         try:
-            fd = os.open(self.folder / key, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            fd = os.open(self.folder / key, OPEN_FLAGS)
         except FileNotFoundError:
             yield from (RawChunk(place, None, 0) for place in places)
             return
@@ -126,14 +130,17 @@ class LocalSource:
             os.close(fd)
 
     def _fetch_open(self, fd: int, key: str, places: Sequence[Place]) -> Iterator[RawChunk]:
-        stat = os.fstat(fd)
+        info = os.fstat(fd)
+        if stat.S_ISFIFO(info.st_mode):
+            raise ChunkError(f"cannot read {key}: not a file")
         if not self.layout.is_sharded:
-            yield RawChunk(places[0], os.pread(fd, stat.st_size, 0), stat.st_size)
+            self._check_size(f"chunk {places[0]}", info.st_size)
+            yield RawChunk(places[0], os.pread(fd, info.st_size, 0), info.st_size)
             return
-        index = self._indices.get(key, (stat.st_size, stat.st_mtime_ns))
+        index = self._indices.get(key, (info.st_size, info.st_mtime_ns))
         if index is None:
-            index = self._read_index(fd, key, stat.st_size)
-            self._indices.put(key, (stat.st_size, stat.st_mtime_ns), index)
+            index = self._read_index(fd, key, info.st_size)
+            self._indices.put(key, (info.st_size, info.st_mtime_ns), index)
         grid = self.layout.grid
         for place in places:
             inner = tuple(p % g for p, g in zip(self.axes.stored(place), grid, strict=True))
@@ -141,15 +148,23 @@ class LocalSource:
             if offset == ABSENT:
                 yield RawChunk(place, None, 0)
                 continue
+            self._check_size(f"chunk {place}", nbytes)
             data = os.pread(fd, nbytes, offset)
             if len(data) != nbytes:
                 raise ChunkError(f"shard {key} is truncated: chunk {inner} has {len(data)} of {nbytes} bytes")
             yield RawChunk(place, data, nbytes)
 
+    def _check_size(self, what: str, nbytes: int) -> None:
+        limit = self.layout.decoder.max_stored_bytes
+        if nbytes > limit:
+            raise ChunkError(f"{what} is damaged: {nbytes} bytes, no codec needs more than {limit}")
+
     def _read_index(self, fd: int, key: str, size: int) -> npt.NDArray[np.uint64]:
         layout = self.layout
         wanted = index_nbytes(layout.grid, has_crc=layout.index_has_crc)
         try:
+            if wanted > size:
+                raise ValueError(f"truncated shard: {size} bytes, its index alone has {wanted}")
             tail = os.pread(fd, wanted, max(0, size - wanted) if layout.index_at_end else 0)
             index = parse_index(tail, layout.grid, has_crc=layout.index_has_crc)
             check_index(index, size - wanted if layout.index_at_end else size)
@@ -210,12 +225,17 @@ class ZarrSource:
     def open(cls, folder: Path, axes: AxisMap) -> ZarrSource:
         """Open the array; ValueError when zarr-python cannot."""
         array = _open_zarr(folder)
-        if array.ndim != axes.ndim or min(array.shape, default=0) < 1:
-            raise ValueError(f"array has shape {array.shape}, the image {axes.ndim} axes")
+        dtype = np.dtype(array.dtype).newbyteorder("=")
+        if (
+            array.ndim != axes.ndim
+            or min((*array.shape, *array.chunks), default=0) < 1
+            or dtype.kind not in "buif"
+        ):
+            raise ValueError(f"array is {dtype} {array.shape}, expected numbers along {axes.ndim} axes")
+        check_bounds(array.shape, array.chunks, array.chunks, dtype)
         # reading through zarr-python works per request, so a shard is the chunk
         chunk = axes.view(array.chunks)
-        fill = 0 if array.fill_value is None else array.fill_value
-        dtype = np.dtype(array.dtype).newbyteorder("=")
+        fill = np.asarray(array.fill_value or 0).astype(dtype)[()]
         return cls(folder, axes, axes.view(array.shape), dtype, chunk, chunk, fill, array)
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
@@ -224,31 +244,31 @@ class ZarrSource:
             yield RawChunk(place, place, self._stored_bytes(place))
 
     def decode(self, raw: RawChunk) -> Array:
-        """Read the chunk through zarr-python, padded to its full shape with the fill value."""
-        if self._array is None:
-            self._array = _open_zarr(self.folder)
+        """Read the chunk through zarr-python, cut off at the edge (no piece reaches further)."""
+        array = self._opened()
         starts = [p * c for p, c in zip(raw.place, self.chunk_shape, strict=True)]
         ends = [min(a + c, n) for a, c, n in zip(starts, self.chunk_shape, self.shape, strict=True)]
         box = zip(self.axes.stored(starts), self.axes.stored(ends), strict=True)
         try:
-            stored = self._array[tuple(slice(a, max(b, a + 1)) for a, b in box)]
+            stored = array[tuple(slice(a, max(b, a + 1)) for a, b in box)]
         except Exception as error:  # codecs raise what they like
             raise ChunkError(f"chunk {raw.place} cannot be read: {type(error).__name__}: {error}") from error
-        block = self.axes.array(np.asarray(stored, dtype=self.dtype))
-        if block.shape == self.chunk_shape:
-            return block
-        whole = np.full(self.chunk_shape, self.fill_value, dtype=self.dtype)
-        whole[tuple(slice(0, n) for n in block.shape)] = block
-        return whole
+        return self.axes.array(np.asarray(stored, dtype=self.dtype))
+
+    def _opened(self) -> Any:
+        if self._array is None:
+            try:
+                self._array = _open_zarr(self.folder)
+            except ValueError as error:
+                raise ChunkError(str(error)) from error
+        return self._array
 
     def _stored_bytes(self, place: Place) -> int:
-        if self._array is None:
-            self._array = _open_zarr(self.folder)
-        metadata = self._array.metadata
-        if getattr(self._array, "shards", None) is not None:
+        array = self._opened()
+        if getattr(array, "shards", None) is not None:
             return 0  # the size of a chunk inside a foreign shard is not known without its index
         try:
-            key = str(metadata.encode_chunk_key(self.axes.stored(place)))
+            key = str(array.metadata.encode_chunk_key(self.axes.stored(place)))
             return (self.folder / key).stat().st_size
         except OSError:
             return 0
@@ -261,7 +281,9 @@ def _open_zarr(folder: Path) -> Any:
     import zarr
 
     try:
-        return zarr.open_array(str(folder), mode="r")
+        array = zarr.open_array(str(folder), mode="r")
+        _ = array.chunks, array.fill_value  # irregular chunks have no size
+        return array
     except Exception as error:  # zarr-python and its codecs raise many kinds
         raise ValueError(f"zarr-python cannot open it: {type(error).__name__}: {error}") from error
 
