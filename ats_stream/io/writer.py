@@ -89,7 +89,7 @@ class PyramidWriter:
     def __enter__(self) -> Self:
         if not self.overwrite and os.path.lexists(self.target):
             raise TargetExistsError(f"{self.target}: exists already")
-        guarded(str(self.target), lambda: self.partial.mkdir(parents=True))
+        guarded(str(self.target), self._make_partial)
         self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="ats-encode")
         try:
             for i, shape in enumerate(self.level_shapes):
@@ -107,6 +107,17 @@ class PyramidWriter:
                 self._finish()
         finally:
             self._close()
+
+    def _make_partial(self) -> None:
+        """Make a folder of this process alone: one that was killed may have had the same id."""
+        first = self.partial
+        for number in itertools.count(1):
+            try:
+                self.partial.mkdir(parents=True)
+            except FileExistsError:
+                self.partial = first.with_name(f"{first.name}-{number}")
+            else:
+                return
 
     def _close(self) -> None:
         if self._pool is not None:
@@ -251,7 +262,7 @@ class PyramidWriter:
         guarded(str(self.target), self._take_name)
 
     def _take_name(self) -> None:
-        old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
+        old = self.partial.with_name(self.partial.name.replace(".partial-", ".old-"))
         if os.path.lexists(self.target):
             if not self.overwrite:
                 raise TargetExistsError(f"{self.target}: exists already")
