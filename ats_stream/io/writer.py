@@ -108,16 +108,23 @@ class PyramidWriter:
         finally:
             self._close()
 
+    @property
+    def _old(self) -> Path:
+        """Where a target that is replaced waits for its end."""
+        return self.partial.with_name(self.partial.name.replace(".partial-", ".old-"))
+
     def _make_partial(self) -> None:
         """Make a folder of this process alone: one that was killed may have had the same id."""
         first = self.partial
         for number in itertools.count(1):
-            try:
-                self.partial.mkdir(parents=True)
-            except FileExistsError:
-                self.partial = first.with_name(f"{first.name}-{number}")
-            else:
-                return
+            if not os.path.lexists(self._old):
+                try:
+                    self.partial.mkdir(parents=True)
+                except FileExistsError:
+                    pass
+                else:
+                    return
+            self.partial = first.with_name(f"{first.name}-{number}")
 
     def _close(self) -> None:
         if self._pool is not None:
@@ -262,7 +269,7 @@ class PyramidWriter:
         guarded(str(self.target), self._take_name)
 
     def _take_name(self) -> None:
-        old = self.partial.with_name(self.partial.name.replace(".partial-", ".old-"))
+        old = self._old
         if os.path.lexists(self.target):
             if not self.overwrite:
                 raise TargetExistsError(f"{self.target}: exists already")
