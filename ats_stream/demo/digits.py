@@ -157,6 +157,9 @@ def _plate(glyph: UInt8Array, colour: tuple[float, float, float], config: Digits
     border = config.plate_px - GLYPH_PX
     around = (border // 2, border - border // 2)
     ink_YX = np.pad(glyph / 255.0, (around, around))
+    # a glyph with more ink than the ground can make up for is drawn paler
+    most_ink = (min(colour) + MEAN_INK - 1) / (INK - 1)
+    ink_YX *= min(1.0, most_ink / max(ink_YX.mean(), most_ink / 2))
     ground_C = np.array(colour)[:, None, None]
     plate: FloatArray = ground_C + ink_YX * (INK - ground_C)
     excess = plate.mean(axis=(1, 2), keepdims=True) - (ground_C + MEAN_INK)

@@ -301,8 +301,12 @@ def _progress_bar(slide: SlideSource, progress: bool | None) -> Any:
 
 
 def target_path(slide: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
-    """Where :func:`preprocess` puts the pyramid of a slide: ``<out_dir>/<stem>.ome.zarr``."""
-    return Path(out_dir) / (Path(slide).stem + SUFFIX)
+    """Where :func:`preprocess` puts the pyramid of a slide: ``<out_dir>/<stem>.ome.zarr``.
+
+    >>> target_path("slides/scan.ome.tif", "out").as_posix()
+    'out/scan.ome.zarr'
+    """
+    return Path(out_dir) / (Path(slide).stem.removesuffix(".ome") + SUFFIX)
 
 
 def preprocess(

@@ -106,7 +106,8 @@ class AttentionNet(nn.Module):
             for _ in range(config.attention_layers):
                 layers += [nn.Conv2d(channels, config.attention_width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = config.attention_width
-            self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+            # no bias: it would shift all logits alike, and the optimiser would make steps of its rounding
+            self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, view_BCYX: Tensor) -> Tensor:
         """Attention logits (B, Y, X)."""

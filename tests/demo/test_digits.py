@@ -152,14 +152,9 @@ def label_on(plate_CYX: NDArray[np.uint8], glyphs: NDArray[np.uint8], labels: ND
 def test_plates_of_one_kind_have_one_mean_colour_whatever_they_show(
     digits: Digits, colour: tuple[float, float, float]
 ) -> None:
-    from ats_stream.demo.digits import INK, MEAN_INK, _plate
+    from ats_stream.demo.digits import MEAN_INK, _plate
 
-    # more ink than this cannot be made up for: the ground of the darkest channel would fall below 1
-    most_ink = (min(colour) + MEAN_INK - 1) / (INK - 1)
-    ink = digits[0].reshape(len(digits[0]), -1).sum(axis=1) / (255 * CONFIG.plate_px**2)
-    held = digits[0][ink <= most_ink][::3]
-    assert len(held) > 1500
-    for glyph in held:
+    for glyph in digits[0][:5000:3]:
         mean_C = _plate(glyph, colour, CONFIG).mean(axis=(1, 2))
         # each of 1296 pixels is rounded, the ground to the same side
         assert np.abs(mean_C - np.array(colour) - MEAN_INK).max() <= 0.5
