@@ -1,4 +1,4 @@
-"""``ats-stream preprocess`` killed at random moments: its target is whole or absent, a second run mends it."""
+"""``ats-stream preprocess`` killed at random moments: the target is whole or absent, a second run works."""
 
 from __future__ import annotations
 
