@@ -66,9 +66,13 @@ class DemoConfig:
 def run_demo(out: Path, config: DemoConfig) -> dict[str, Any]:
     """Run all parts; returns what the last line of the demo prints."""
     start_s = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start_s:3.0f} s] {text}", flush=True)
+
     keep_freed_memory()
     with PeakMemory() as memory:
-        result = _run(out, config)
+        result = _run(out, config, say)
         report = write_report(out / "report.html", result)
     seconds = time.perf_counter() - start_s
     share = float(np.mean([one.decoded_bytes / one.full_bytes for one in result.predictions]))
@@ -85,16 +89,16 @@ def run_demo(out: Path, config: DemoConfig) -> dict[str, Any]:
     }
 
 
-def _run(out: Path, config: DemoConfig) -> DemoResult:
-    print("(a) a real slide, to an OME-Zarr pyramid")
+def _run(out: Path, config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
+    say("(a) a real slide, to an OME-Zarr pyramid")
     slide = fetch_slide(local=config.slide)
     summary = convert(slide, target_path(slide, out / "slide"))
     print(summary)
     print(describe(open_pyramid(summary.target), str(summary.target)))
 
     digits_config = replace(config.digits, seed=config.seed)
-    print(
-        f"\n(b) {digits_config.num_train} large images of {digits_config.num_plates} objects, "
+    say(
+        f"(b) {digits_config.num_train} large images of {digits_config.num_plates} objects, "
         f"{digits_config.side_px**2 / 1e6:.0f} megapixels each"
     )
     digits = fetch_digits(local=config.digits_file)
@@ -109,12 +113,12 @@ def _run(out: Path, config: DemoConfig) -> DemoResult:
         if config.executor == "ray":
             from ats_stream.workers.cluster import ray_cluster
 
-            print("starting Ray: 2 training ranks, each with a sampler")
+            say("starting Ray: 2 training ranks, each with a sampler")
             stack.enter_context(ray_cluster(cluster, cpus_needed=2))
         _train(archive, runs["attention"], main, cluster)
-        print("control: the same model, drawing uniformly over the mask")
+        say("control: the same model, drawing uniformly over the mask")
         _train(archive, runs["uniform"], uniform, cluster)
-    print("control: the same feature network and head on the low-resolution view alone")
+    say("control: the same feature network and head on the low-resolution view alone")
     test = archive.split("test").rows
     with _Bar("steps") as bar:
         low_resolution = low_resolution_accuracy(
@@ -127,7 +131,7 @@ def _run(out: Path, config: DemoConfig) -> DemoResult:
             progress=bar,
         )
 
-    print(f"\n(c) {len(test)} test images")
+    say(f"(c) {len(test)} test images")
     predictions = _predict(runs["attention"], test)
     control = _predict(runs["uniform"], test)
     folder = out / "predictions"

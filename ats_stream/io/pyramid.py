@@ -34,6 +34,7 @@ UNCHECKED_BYTES = 256 << 20  # 256 MiB
 # parts of chunks that one call may copy: planning takes less than a kilobyte for each
 MAX_PIECES = 1 << 20
 # pixels of a level that a thumbnail holds at once
+THUMBNAIL_GAP = 8
 THUMBNAIL_STRIP_PX = 16 << 20
 
 
@@ -281,12 +282,16 @@ class Pyramid:
     def thumbnail(self, max_px: int) -> Array:
         """The whole image as (C, y, x), its longer side at most ``max_px``, by exact means of blocks.
 
-        Of other space axes the middle plane is taken. Memory is bounded by the result and one strip of
-        pixels.
+        Of other space axes the middle plane is taken. Where the levels leave a gap, so that the next finer
+        one has more than 8 times the side, the next coarser one is given as it is. Memory is bounded by the
+        result and one strip of pixels.
         """
         if max_px < 1:
             raise InputError(f"max_px must be positive, got {max_px}")
         level = next((v for v in reversed(self.levels) if max(v.shape[-2:]) >= max_px), self.levels[0])
+        coarser = self.levels[level.index + 1 :]
+        if coarser and max(level.shape[-2:]) > THUMBNAIL_GAP * max_px:
+            level = coarser[0]
         middle = tuple(n // 2 for n in level.shape[1:-2])
         height, width = level.shape[-2:]
         factor = math.ceil(max(height, width) / max_px)

@@ -243,6 +243,17 @@ def test_thumbnails_are_means_that_fit(store, opened, max_px):
     np.testing.assert_array_equal(thumbnail, shrink(level, -(-level.shape[2] // max_px)))
 
 
+def test_thumbnails_do_not_read_everything_where_levels_leave_a_gap(tmp_path):
+    with PyramidWriter(
+        tmp_path / "a.zarr", level_shapes=[(1, 640, 640), (1, 20, 20)], dtype="uint8"
+    ) as writer:
+        writer.write_shard(1, (0, 0), np.arange(400, dtype=np.uint8).reshape(1, 20, 20))
+    pyramid = open_pyramid(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(pyramid.thumbnail(60), pyramid.read(1))
+    assert pyramid.read_stats(0).num_chunks == 0
+    assert pyramid.thumbnail(80).shape == (1, 80, 80)
+
+
 def test_thumbnails_read_in_strips_are_the_same(store, opened, monkeypatch):
     whole = opened.thumbnail(30)
     monkeypatch.setattr("ats_stream.io.pyramid.THUMBNAIL_STRIP_PX", 1000)
