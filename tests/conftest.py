@@ -23,6 +23,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 
+import hypothesis
 import pytest
 import torch
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TEST_DATA_VARIABLE = "ATS_STREAM_TEST_DATA"
+
+
+# how long an example takes depends on what else the machine does
+hypothesis.settings.register_profile("ats-stream", deadline=None)
+hypothesis.settings.load_profile("ats-stream")
 
 
 def pytest_configure() -> None:

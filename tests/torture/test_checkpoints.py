@@ -1,7 +1,6 @@
-"""Damaged checkpoints are refused, or load as a dict with every field; none makes the process do anything.
+"""Damaged checkpoints are refused, or load as what was saved; none makes the process do anything.
 
-A checkpoint is a zip file, and torch does not compare the CRC-32 of its members: damage to the bytes of a
-tensor may load as other numbers, and only the kinds of the fields are then what they were.
+A checkpoint is a zip file, whose members carry a CRC-32; only damage to the bytes between them goes unseen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from ats_stream.errors import CheckpointError
-from ats_stream.workers.checkpoint import FIELDS, FORMAT, load_checkpoint, save_checkpoint
+from ats_stream.workers.checkpoint import load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,11 +88,11 @@ def test_the_watch_hears_what_code_would_do(tmp_path: Path, watch: Watch) -> Non
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("num_cases", [NUM_CASES, pytest.param(NUM_TORTURE_CASES, marks=pytest.mark.torture)])
-def test_damage_anywhere_is_an_error_or_a_whole_dict(
+def test_damage_anywhere_is_an_error_or_without_effect(
     whole: Path, tmp_path: Path, watch: Watch, damaged: Any, cpu_limit: Any, watch_memory: Any, num_cases: int
 ) -> None:
     data, path = whole.read_bytes(), tmp_path / "damaged.pt"
-    load_checkpoint(whole)  # what is loaded and started once is no case's doing
+    saved = str(load_checkpoint(whole))  # also loads and starts what is no case's doing
     memory = watch_memory()
     num_refused = 0
     for case in range(num_cases):
@@ -113,8 +112,7 @@ def test_damage_anywhere_is_an_error_or_a_whole_dict(
             assert message.startswith(f"{path}: ")
             assert "\n" not in message
         else:
-            assert loaded["format"] == FORMAT
-            assert all(isinstance(loaded[name], kind) for name, kind in {"step": int, **FIELDS}.items())
+            assert str(loaded) == saved
         assert events == []
         assert memory.peak_bytes() < RESIDENT_BYTES
     assert 0 < num_refused < num_cases
