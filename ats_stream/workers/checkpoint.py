@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {reason}") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if type(found) is not int or found != FORMAT:
+    if not isinstance(state, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
     for name, kind in {"step": int, **FIELDS}.items():
         if not isinstance(state.get(name), kind):
@@ -79,7 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_bytes(path: Path) -> None:
-    """Raise ValueError if a checksum does not hold: torch writes one for each tensor and never looks at it."""
+    """Raise ValueError if a checksum does not hold: torch writes them and never looks at them."""
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

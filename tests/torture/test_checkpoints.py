@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ats_stream.errors import CheckpointError
-from ats_stream.workers.checkpoint import load_checkpoint, save_checkpoint
+from ats_stream.workers.checkpoint import FIELDS, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
