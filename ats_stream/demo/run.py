@@ -134,17 +134,12 @@ def _run(out: Path, config: DemoConfig, say: Callable[[str], None]) -> DemoResul
     say(f"(c) {len(test)} test images")
     predictions = _predict(runs["attention"], test)
     control = _predict(runs["uniform"], test)
-    folder = out / "predictions"
-    shown = [(one, open_pyramid(one.slide).thumbnail(THUMBNAIL_PX)) for one in predictions[:NUM_PICTURES]]
-    for one, thumbnail in shown:
-        write_picture(folder / PICTURES_FOLDER, one, thumbnail)
-    write_table(folder / TABLE_NAME, predictions)
     result = DemoResult(
         slide=summary.target,
         slide_summary=str(summary),
         runs=runs,
         predictions=predictions,
-        shown=shown,
+        shown=_write_predictions(out / "predictions", predictions),
         control_uniform=_accuracy(control),
         control_low_resolution=low_resolution,
     )
@@ -177,6 +172,15 @@ def _train(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfi
 def _predict(run: Path, rows: Sequence[Any]) -> list[Predicted]:
     predictor = Predictor.load(run)
     return list(tqdm(predictor.predict(rows), total=len(rows), unit="image", disable=not sys.stderr.isatty()))
+
+
+def _write_predictions(folder: Path, predictions: list[Predicted]) -> list[tuple[Predicted, Any]]:
+    """Write the table and the first pictures; returns what was drawn, with thumbnails."""
+    shown = [(one, open_pyramid(one.slide).thumbnail(THUMBNAIL_PX)) for one in predictions[:NUM_PICTURES]]
+    for one, thumbnail in shown:
+        write_picture(folder / PICTURES_FOLDER, one, thumbnail)
+    write_table(folder / TABLE_NAME, predictions)
+    return shown
 
 
 def _accuracy(predictions: Sequence[Predicted]) -> float:

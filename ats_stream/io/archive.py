@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ats_stream.errors import ArchiveError, TargetExistsError
+from ats_stream.files import write_atomic
 
 COLUMNS = ("slide", "label", "split")
 
@@ -145,22 +147,21 @@ def write_archive(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write (slide, label, split) rows; slides under the table's folder are written relative to it."""
+    """Write (slide, label, split) rows; slides under the table's folder are written relative to it.
+
+    Raises TargetExistsError for a table that exists, unless ``overwrite``, StorageError if the disk refuses.
+    """
     table = Path(path)
     if table.exists() and not overwrite:
         raise TargetExistsError(f"{table}: exists already")
     folder = table.parent.resolve()
-    partial = table.with_name(f"{table.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for slide, label, split in rows:
-                text = os.fspath(slide)
-                if "://" not in text:
-                    full = Path(text).resolve()
-                    text = (full.relative_to(folder) if full.is_relative_to(folder) else full).as_posix()
-                writer.writerow((text, label, split))
-        partial.replace(table)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for slide, label, split in rows:
+        place = os.fspath(slide)
+        if "://" not in place:
+            full = Path(place).resolve()
+            place = (full.relative_to(folder) if full.is_relative_to(folder) else full).as_posix()
+        writer.writerow((place, label, split))
+    write_atomic(table, text.getvalue().encode())
