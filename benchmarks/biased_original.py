@@ -1,19 +1,19 @@
 """The estimator of the original library with its own gradient, which is biased: for comparison only.
 
-The original (Katharopoulos & Fleuret 2019, the Keras library and its PyTorch ports) draws N positions one after
-another without replacement and averages N estimates of Phi = sum_i a_i f_i, one for each draw,
+The original (Katharopoulos & Fleuret 2019, the Keras library and its PyTorch ports) draws N positions one
+after another without replacement and averages N estimates of Phi = sum_i a_i f_i, one for each draw,
 
     F = 1/N sum_n e_n         e_n = sum_{j<n} a_j f_j + m_n f_n         m_n = 1 - sum_{j<n} a_j
 
 Its value is that of Des Raj's estimator and unbiased. The gradients are written by hand. With g the gradient
-that arrives at F, the library hands on
+that arrives at F and n counted from 0, the library hands on
 
     to f_n:    1/N (m_n + (N-1-n) a_n) g
     to a_n:    1/N <g, e_n m_n / a_n + sum_{j<n} f_j - n f_n>
 
-The first is right. The second is not the gradient of Phi in expectation: it weighs e_n, which holds what was seen
-before and the factor m_n, where an unbiased one weighs f_n (m_n / a_n + N-1-n). The two agree at N = 1 alone.
-The PyTorch ports end both sums at n in place of n - 1 (``inclusive``). The value happens not to change, as a_n f_n
+The first is right. The second is not the gradient of Phi in expectation: where an unbiased one has
+f_n (m_n / a_n + N-1-n) it has e_n, which holds what was drawn before and m_n once more. The two agree at N = 1
+alone. The ports end the sums at n in place of n - 1 (``inclusive``). The value happens not to change, as a_n f_n
 comes in once and goes out once, but m_n loses a_n, and now the gradient to f_n is biased too.
 
 Shapes: B rows, N draws in draw order, F features.
