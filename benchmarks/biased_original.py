@@ -12,9 +12,9 @@ that arrives at F and n counted from 0, the library hands on
     to a_n:    1/N <g, e_n m_n / a_n + sum_{j<n} f_j - n f_n>
 
 The first is right. The second is not the gradient of Phi in expectation: where an unbiased one has
-f_n (m_n / a_n + N-1-n) it has e_n, which holds what was drawn before and m_n once more. The two agree at N = 1
-alone. The ports end the sums at n in place of n - 1 (``inclusive``). The value happens not to change, as a_n f_n
-comes in once and goes out once, but m_n loses a_n, and now the gradient to f_n is biased too.
+f_n (m_n / a_n + N-1-n) it has e_n, which holds what was drawn before and m_n once more. The two agree at
+N = 1 alone. The ports end the sums at n in place of n - 1 (``inclusive``). The value happens not to change,
+as a_n f_n comes in once and goes out once, but m_n loses a_n, and now the gradient to f_n is biased too.
 
 Shapes: B rows, N draws in draw order, F features.
 """
