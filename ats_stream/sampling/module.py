@@ -16,18 +16,18 @@ from ats_stream.sampling.attention import attention_logits, log_attention
 from ats_stream.sampling.draw import Draw, draw
 from ats_stream.sampling.expectation import expectation
 from ats_stream.sampling.geometry import Geometry, geometry_from_receptive_field, patch_offsets
-from ats_stream.sampling.patches import HighResolution, cut_patches, image_shape
+from ats_stream.sampling.patches import HighResolution, check_high_resolution, cut_patches, image_shape
+from ats_stream.sampling.streams import Seeded
 from ats_stream.sampling.tracing import geometry_of
 from ats_stream.sampling.weights import check_scheme, estimator_weights
 
 if TYPE_CHECKING:
     from ats_stream.sampling.layers import Regularizer
 
-_MAX_ROWS = 1 << 16
-_EVAL_STREAM = 1 << 62
+INFERENCES = ("sample", "top", "average")
 
 
-class SamplePatches(nn.Module):
+class SamplePatches(Seeded):
     """Draw positions from an attention map and cut their patches from the full-resolution image.
 
     Args:
@@ -40,12 +40,9 @@ class SamplePatches(nn.Module):
         scheme: see :func:`draw`.
         fill: value of pixels outside the image.
         seed: key of the noise. In training the stream id of a row is (step, rank, row), and the step
-        counter, a buffer, advances with
-            each call; in evaluation the id is the row alone, so the same input gives the same draw.
+            counter, a buffer, advances with each call; in evaluation the id is the row alone, so the same
+            input gives the same draw.
     """
-
-    seed: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -59,19 +56,17 @@ class SamplePatches(nn.Module):
         fill: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if isinstance(n_patches, bool) or not isinstance(n_patches, int) or n_patches < 1:
-            raise InputError(f"n_patches must be an integer of at least 1, got {n_patches!r}")
-        self.n_patches = n_patches
+        super().__init__(seed)
+        self.n_patches = _check_count("n_patches", n_patches)
         self.patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)
-        if min(self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)) < 1:
-            raise InputError(f"patch_size must be at least 1 pixel on every axis, got {patch_size}")
+        sizes = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)
+        if not 1 <= len(sizes) <= 3 or not all(isinstance(size, int) and size >= 1 for size in sizes):
+            expected = "an integer of at least 1 pixel, or one for each of 1 to 3 axes"
+            raise InputError(f"patch_size must be {expected}, got {patch_size!r}")
         self.receptive_field = receptive_field
         self.scheme = check_scheme("with_replacement" if replace else scheme)
         self.use_logits = use_logits
         self.fill = fill
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x_low: Tensor, x_high: HighResolution, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Return patches (B, N, C, *patch_size) and the attention probabilities (B, N) there.
@@ -94,8 +89,13 @@ class SamplePatches(nn.Module):
         *,
         scheme: str | None = None,
         receptive_field: int | Geometry | None = None,
+        number: int = 0,
     ) -> tuple[Draw, Tensor]:
-        """Draw from given log-probabilities; return the draw and its patches."""
+        """Draw from given log-probabilities; return the draw and its patches.
+
+        In evaluation each ``number`` gives a draw of its own, independent of the others.
+        """
+        check_high_resolution(x_high, len(x_low), len(map_shape))
         num_axes = len(map_shape)
         sizes = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,) * num_axes
         drawn = draw(
@@ -103,7 +103,7 @@ class SamplePatches(nn.Module):
             self.n_patches,
             scheme=scheme or self.scheme,
             seed=int(self.seed),
-            stream_ids=self._next_streams(len(log_attention_BM)),
+            stream_ids=self.next_streams(len(log_attention_BM), number=number),
             map_shape=map_shape,
         )
         geometry = self.receptive_field if receptive_field is None else receptive_field
@@ -111,18 +111,6 @@ class SamplePatches(nn.Module):
             geometry = geometry_from_receptive_field(geometry, map_shape, tuple(x_low.shape[2:]))
         offsets_BND = _offsets(drawn.index, map_shape, x_high, sizes, geometry)
         return drawn, cut_patches(x_high, offsets_BND, sizes, fill=self.fill)
-
-    def _next_streams(self, num_rows: int) -> Tensor:
-        if num_rows > _MAX_ROWS:
-            raise InputError(f"a batch may have up to {_MAX_ROWS} rows, got {num_rows}")
-        row_B = torch.arange(num_rows, device=self.step.device)
-        if not self.training:
-            return row_B + _EVAL_STREAM
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        streams_B = (self.step << 32) + (rank << 16) + row_B
-        self.step += 1
-        return streams_B
 
 
 class Expectation(nn.Module):
@@ -157,11 +145,13 @@ class AttentionSampling(nn.Module):
     """Attention sampling from end to end; built by :func:`attention_sampling`.
 
     After each forward, ``.regularization`` holds the scaled value of the attention regulariser (to be added
-    to the loss) and ``.last_draw`` the :class:`Draw`.
+    to the loss), ``.last_draws`` the :class:`Draw` that was made (r of them for an average of r draws), and
+    ``.last_standard_error`` the standard error (B, F) of an average of at least two draws, else None.
     """
 
     regularization: Tensor
-    last_draw: Draw | None
+    last_draws: tuple[Draw, ...]
+    last_standard_error: Tensor | None
 
     def __init__(
         self,
@@ -172,21 +162,29 @@ class AttentionSampling(nn.Module):
         attention_regularizer: Regularizer | None = None,
         trace_geometry: bool = False,
         inference: str = "sample",
+        num_draws: int = 1,
         centred: bool = False,
     ) -> None:
         super().__init__()
-        if inference not in ("sample", "top"):
-            raise InputError(f"inference must be 'sample' or 'top', got {inference!r}")
+        if inference not in INFERENCES:
+            raise InputError(f"inference must be one of {', '.join(INFERENCES)}, got {inference!r}")
         self.attention = attention
         self.feature = feature
         self.sampler = sampler
         self.attention_regularizer = attention_regularizer
         self.trace_geometry = trace_geometry
         self.inference = inference
+        self.num_draws = _check_count("num_draws", num_draws)
         self.centred = centred
         self.regularization = torch.zeros(())
-        self.last_draw = None
+        self.last_draws = ()
+        self.last_standard_error = None
         self._geometries: dict[tuple[int, ...], Geometry] = {}
+
+    @property
+    def last_draw(self) -> Draw | None:
+        """The draw of the last forward (the first one of an average); None before any forward."""
+        return self.last_draws[0] if self.last_draws else None
 
     def forward(
         self, x_low: Tensor, x_high: HighResolution, log_prior: Tensor | None = None
@@ -195,35 +193,54 @@ class AttentionSampling(nn.Module):
 
         ``x_low`` (B, C, *view); ``x_high`` (B, C, *space) or a list of B sources; ``log_prior`` (B, *map),
         added before the softmax. Integer patches reach the feature network in the dtype of ``x_low``,
-        unscaled.
+        unscaled. An average of r draws returns the patches of all of them, draw after draw: (B, r N, C,
+        *patch_size).
         """
+        num_axes = check_view(x_low)
+        check_high_resolution(x_high, len(x_low), num_axes)
         output = self.attention(x_low)
         map_shape = map_shape_of(output, x_low)
         logits_BM = attention_logits(output, use_logits=self.sampler.use_logits)
-        log_attention_BM = log_attention(logits_BM, _flat_prior(log_prior, map_shape))
+        log_attention_BM = log_attention(logits_BM, _flat_prior(log_prior, len(x_low), map_shape))
         attention = log_attention_BM.exp().view(-1, *map_shape)
         if self.attention_regularizer is None:
             self.regularization = attention.new_zeros(())
         else:
             self.regularization = self.attention_regularizer(attention)
-        drawn, patches = self.sampler.sample(
-            x_low,
-            x_high,
-            log_attention_BM,
-            map_shape,
-            scheme="top" if self.inference == "top" and not self.training else None,
-            receptive_field=self._geometry(x_low) if self.trace_geometry else None,
-        )
-        self.last_draw = drawn
-        if not patches.is_floating_point():
-            patches = patches.to(x_low.dtype)
+        receptive_field = self._geometry(x_low) if self.trace_geometry else None
+        scheme = "top" if self.inference == "top" and not self.training else None
+        draws, values, cuts = [], [], []
+        averaging = self.inference == "average" and not self.training
+        for number in range(self.num_draws if averaging else 1):
+            drawn, patches = self.sampler.sample(
+                x_low,
+                x_high,
+                log_attention_BM,
+                map_shape,
+                scheme=scheme,
+                receptive_field=receptive_field,
+                number=number,
+            )
+            if not patches.is_floating_point():
+                patches = patches.to(x_low.dtype)
+            draws.append(drawn)
+            values.append(self._estimate(patches, log_attention_BM, drawn))
+            cuts.append(patches)
+        self.last_draws = tuple(draws)
+        self.last_standard_error = None
+        if len(draws) == 1:
+            return values[0], attention, cuts[0]
+        values_RBF = torch.stack(values)
+        self.last_standard_error = values_RBF.detach().std(dim=0) / len(draws) ** 0.5
+        return values_RBF.mean(dim=0), attention, torch.cat(cuts, dim=1)
+
+    def _estimate(self, patches: Tensor, log_attention_BM: Tensor, drawn: Draw) -> Tensor:
         features = self.feature(patches.flatten(0, 1))
         if features.ndim != 2 or len(features) != patches.shape[0] * patches.shape[1]:
             raise InputError(f"the feature network must return (B * N, F), got {tuple(features.shape)}")
         features_BNF = features.view(*patches.shape[:2], -1)
         attention_BN = attention_at(log_attention_BM, drawn)
-        features_BF = expectation(features_BNF, attention_BN, drawn.weight, centred=self.centred)
-        return features_BF, attention, patches
+        return expectation(features_BNF, attention_BN, drawn.weight, centred=self.centred)
 
     def _geometry(self, x_low: Tensor) -> Geometry:
         shape = tuple(x_low.shape[1:])
@@ -243,6 +260,7 @@ def attention_sampling(
     *,
     scheme: str = "murthy",
     inference: str = "sample",
+    num_draws: int = 8,
     use_logits: bool = False,
     centred: bool = False,
     fill: float = 0.0,
@@ -255,9 +273,12 @@ def attention_sampling(
     *patch_size) to (B * N, F). Without ``patch_size`` it is taken from ``feature.patch_size``.
     ``receptive_field=None`` reads the exact geometry off the attention network; other values as in
     :class:`SamplePatches`. ``inference="top"`` takes the N most probable positions in evaluation,
-    renormalised: deterministic, biased. ``centred`` as in :func:`expectation`.
+    renormalised: deterministic, biased. ``inference="average"`` takes, in evaluation, the mean over
+    ``num_draws`` independent draws of each row: unbiased, with 1 / num_draws of the variance, at num_draws
+    times the cost; training draws once all the same. ``centred`` as in :func:`expectation`.
 
-    Raises InputError for a patch size that is missing, an unknown scheme or inference.
+    Raises InputError for a patch size that is missing, an unknown scheme or inference, and numbers out of
+    range.
     """
     if patch_size is None:
         patch_size = getattr(feature, "patch_size", None)
@@ -280,15 +301,24 @@ def attention_sampling(
         attention_regularizer=attention_regularizer,
         trace_geometry=receptive_field is None,
         inference=inference,
+        num_draws=num_draws,
         centred=centred,
     )
 
 
+def check_view(x_low: Tensor) -> int:
+    """Number of axes of space of a low-resolution view (B, C, *view); InputError unless 1 to 3."""
+    if not isinstance(x_low, Tensor) or not 3 <= x_low.ndim <= 5 or 0 in x_low.shape:
+        got = tuple(x_low.shape) if isinstance(x_low, Tensor) else type(x_low).__name__
+        raise InputError(f"x_low must be a tensor (B, C, *view) with 1 to 3 axes of space, got {got}")
+    return x_low.ndim - 2
+
+
 def map_shape_of(attention: Tensor, x_low: Tensor) -> tuple[int, ...]:
     """Shape of the map in attention (B, *map) or (B, 1, *map) that belongs to ``x_low`` (B, C, *view)."""
-    num_axes = x_low.ndim - 2
+    num_axes = check_view(x_low)
     shape = tuple(attention.shape)
-    if 1 <= num_axes <= 3 and len(shape) >= 2 and shape[0] == len(x_low):
+    if len(shape) >= 2 and shape[0] == len(x_low):
         if len(shape) == num_axes + 1:
             return shape[1:]
         if len(shape) == num_axes + 2 and shape[1] == 1:
@@ -304,8 +334,6 @@ def _offsets(
     sizes: tuple[int, ...],
     geometry: Geometry,
 ) -> Tensor:
-    if len(x_high) != len(index_BN):
-        raise InputError(f"x_low has {len(index_BN)} rows, x_high {len(x_high)}")
     if isinstance(x_high, Tensor):
         return patch_offsets(index_BN, map_shape, tuple(x_high.shape[2:]), sizes, geometry=geometry)
     rows = zip(index_BN.unsqueeze(1), x_high, strict=True)
@@ -323,9 +351,16 @@ def attention_at(log_attention_BM: Tensor, drawn: Draw) -> Tensor:
     return log_attention_BM.gather(1, drawn.index).exp().masked_fill(padding_BN, 0.0)
 
 
-def _flat_prior(log_prior: Tensor | None, map_shape: tuple[int, ...]) -> Tensor | None:
+def _flat_prior(log_prior: Tensor | None, num_rows: int, map_shape: tuple[int, ...]) -> Tensor | None:
     if log_prior is None:
         return None
-    if tuple(log_prior.shape[1:]) not in (map_shape, (1, *map_shape)):
-        raise InputError(f"log_prior must be (B, *map) with map {map_shape}, got {tuple(log_prior.shape)}")
+    if tuple(log_prior.shape) not in ((num_rows, *map_shape), (num_rows, 1, *map_shape)):
+        expected = f"(B, *map) = {(num_rows, *map_shape)}"
+        raise InputError(f"log_prior must be {expected}, got {tuple(log_prior.shape)}")
     return log_prior.flatten(1)
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value

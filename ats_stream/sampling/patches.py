@@ -42,13 +42,33 @@ def image_shape(source: PatchSource) -> tuple[int, ...]:
     return tuple(source.levels[0].shape[1:])
 
 
+def check_high_resolution(x_high: HighResolution, num_rows: int, num_axes: int) -> None:
+    """Raise InputError unless ``x_high`` is (B, C, *space) or B sources, with ``num_axes`` axes of space."""
+    expected = f"x_high must be a tensor (B, C, *space) or a list of B sources, with {num_axes} axes of space"
+    if isinstance(x_high, Tensor):
+        if x_high.ndim != num_axes + 2 or 0 in x_high.shape[1:]:
+            raise InputError(f"{expected}, got {tuple(x_high.shape)}")
+    elif not isinstance(x_high, Sequence) or not all(hasattr(one, "read_patches") for one in x_high):
+        got = (
+            [type(one).__name__ for one in x_high] if isinstance(x_high, Sequence) else type(x_high).__name__
+        )
+        raise InputError(f"{expected}, got {got}")
+    else:
+        for row, source in enumerate(x_high):
+            if len(image_shape(source)) != num_axes:
+                raise InputError(f"{expected}, got {tuple(source.levels[0].shape)} (C, *space) in row {row}")
+    if len(x_high) != num_rows:
+        raise InputError(f"x_high has {len(x_high)} rows, but {num_rows} are expected")
+
+
 def cut_patches(
     x_high: HighResolution, offsets_BND: Tensor, patch_size: Sequence[int], *, fill: float = 0.0
 ) -> Tensor:
     """Return the patches (B, N, C, *patch_size) that begin at ``offsets_BND`` (int64, pixels).
 
     ``x_high`` is a tensor (B, C, *space), through which gradients pass, or a list of B sources; the dtype
-    stays. Pixels outside the image are ``fill``. Raises InputError if the shapes do not fit.
+    stays. Pixels outside the image are ``fill``. Raises InputError if the shapes do not fit, and for a patch
+    that is larger than its image on any axis.
 
     >>> cut_patches(torch.arange(3.0).view(1, 1, 3), torch.tensor([[[-1], [1]]]), (2,), fill=9)
     tensor([[[[9., 0.]],
@@ -57,14 +77,15 @@ def cut_patches(
     """
     sizes = tuple(patch_size)
     num_rows, _, num_axes = offsets_BND.shape
-    if len(sizes) != num_axes or len(x_high) != num_rows:
-        given = f"patch size {sizes}, {len(x_high)} images"
-        raise InputError(f"{given} and offsets {tuple(offsets_BND.shape)} (B, N, D) do not fit together")
+    if len(sizes) != num_axes:
+        given = f"patch size {sizes} and offsets {tuple(offsets_BND.shape)} (B, N, D)"
+        raise InputError(f"{given} do not fit together")
+    check_high_resolution(x_high, num_rows, num_axes)
     if isinstance(x_high, Tensor):
-        if x_high.ndim != num_axes + 2:
-            shape = tuple(x_high.shape)
-            raise InputError(f"x_high must be (B, C, *space) with {num_axes} axes of space, got {shape}")
+        _check_patch_size(sizes, tuple(x_high.shape[2:]))
         return _gather_patches(x_high, offsets_BND, sizes, fill)
+    for source in x_high:
+        _check_patch_size(sizes, image_shape(source))
     offsets = offsets_BND.cpu().numpy()
     outside = int(fill) if float(fill).is_integer() else fill  # sources of integers expect an integer
     rows = [
@@ -75,6 +96,11 @@ def cut_patches(
         kinds = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in rows)
         raise InputError(f"the sources of one batch must agree in dtype and channels, got {kinds}")
     return torch.stack(rows).to(offsets_BND.device)
+
+
+def _check_patch_size(sizes: tuple[int, ...], space: tuple[int, ...]) -> None:
+    if any(size > length for size, length in zip(sizes, space, strict=True)):
+        raise InputError(f"a patch of {sizes} pixels is larger than the image, {space}")
 
 
 def _gather_patches(x_high: Tensor, offsets_BND: Tensor, sizes: tuple[int, ...], fill: float) -> Tensor:

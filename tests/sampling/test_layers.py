@@ -29,8 +29,11 @@ def test_smooth_spreads_over_drawable_positions_only():
 
 
 def test_softmax_bad_input():
-    with pytest.raises(InputError, match="smooth"):
-        SampleSoftmax(smooth=1.0)
+    for smooth in (1.0, -0.1, float("nan")):
+        with pytest.raises(InputError, match=rf"smooth must lie in \[0, 1\), got {smooth}"):
+            SampleSoftmax(smooth=smooth)
+    with pytest.raises(InputError, match="row 0 has the value nan"):
+        SampleSoftmax()(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(InputError, match=r"\(2, 3, 4\)"):
         SampleSoftmax(squeeze_channels=True)(torch.zeros(2, 3, 4))
     with pytest.raises(InputError, match="nothing to draw from"):

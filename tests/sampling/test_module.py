@@ -187,6 +187,78 @@ def test_top_inference_is_deterministic_and_renormalised():
     assert torch.allclose(features[:, 0], (top.values * cells).sum(dim=1) / top.values.sum(dim=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["with_replacement", "des_raj", "murthy", "balanced"])
+def test_an_average_is_that_of_single_draws_with_its_streams(scheme):
+    x_low, x_high = views()
+    model = attention_sampling(
+        attention_net(), PatchMean(), n_patches=4, scheme=scheme, inference="average", num_draws=5
+    ).eval()
+    features, attention, patches = model(x_low, x_high)
+    assert patches.shape == (2, 20, 1, 8, 8)
+    assert len(model.last_draws) == 5
+    assert model.last_draw is model.last_draws[0]
+    streams = torch.cat([one.noise.stream_ids for one in model.last_draws])
+    assert len(set(streams.tolist())) == 10
+    log_a_BM = attention.flatten(1).log()
+    singles = []
+    for number, made in enumerate(model.last_draws):
+        alone = draw(log_a_BM.detach(), 4, scheme=scheme, stream_ids=made.noise.stream_ids, map_shape=(6, 6))
+        assert torch.equal(alone.index, made.index)
+        features_BNF = PatchMean()(patches[:, 4 * number : 4 * number + 4].flatten(0, 1)).view(2, 4, 2)
+        singles.append(Expectation(scheme=scheme)(features_BNF, made))
+    stacked = torch.stack(singles)
+    torch.testing.assert_close(features, stacked.mean(dim=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.last_standard_error, stacked.std(dim=0) / 5**0.5, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_of_the_average_is_the_single_draw_and_training_draws_once():
+    x_low, x_high = views()
+    kinds = {"n_patches": 4, "seed": 5}
+    average = attention_sampling(attention_net(), PatchMean(), inference="average", num_draws=3, **kinds)
+    single = attention_sampling(attention_net(), PatchMean(), **kinds)
+    for one, other in zip(average(x_low, x_high), single(x_low, x_high), strict=True):
+        assert torch.equal(one, other)
+    assert average.last_standard_error is None
+    single.eval()(x_low, x_high)
+    _, _, patches = average.eval()(x_low, x_high)
+    assert torch.equal(average.last_draw.index, single.last_draw.index)
+    assert torch.equal(patches, average(x_low, x_high)[2])  # evaluation repeats itself
+    assert int(average.sampler.step) == 1
+    average.num_draws = 1
+    for one, other in zip(average(x_low, x_high), single(x_low, x_high), strict=True):
+        assert torch.equal(one, other)
+    assert average.last_standard_error is None
+
+
+def test_the_draws_of_a_row_do_not_depend_on_the_batch():
+    x_low, x_high = views(batch=4)
+    model = attention_sampling(attention_net(), PatchMean(), n_patches=4, inference="average").eval()
+    model(x_low, x_high)
+    whole = [one.index for one in model.last_draws]
+    assert len(whole) == 8
+    model(x_low[:1], x_high[:1])
+    assert all(
+        torch.equal(one.index, all_rows[:1]) for one, all_rows in zip(model.last_draws, whole, strict=True)
+    )
+
+
+def test_variance_falls_with_the_number_of_draws_and_the_standard_error_tells_it():
+    x_low, x_high = (view.expand(600, -1, -1, -1) for view in views(batch=1))
+    spread, told = {}, {}
+    for num_draws in (1, 4, 16):
+        model = attention_sampling(
+            attention_net(), PatchMean(), n_patches=2, inference="average", num_draws=num_draws
+        ).eval()
+        with torch.no_grad():
+            spread[num_draws] = float(model(x_low, x_high)[0][:, 0].var())
+        error = model.last_standard_error
+        told[num_draws] = None if error is None else float(error[:, 0].square().mean())
+    assert told[1] is None
+    for num_draws in (4, 16):
+        assert spread[num_draws] == pytest.approx(spread[1] / num_draws, rel=0.25)
+        assert told[num_draws] == pytest.approx(spread[1] / num_draws, rel=0.25)
+
+
 def test_regularization_is_scaled_and_carries_a_gradient():
     x_low, x_high = views()
     regularizer = multinomial_entropy(0.25)
@@ -236,6 +308,81 @@ def test_expectation_of_an_old_draw_takes_the_fresh_attention():
     assert torch.allclose(own, Expectation()(features_BNF, drawn, drawn.log_prob.exp()))
 
 
+@pytest.mark.parametrize("number", [0, -1, True, 2.0, None])
+def test_numbers_of_patches_and_draws_are_positive_integers(number):
+    with pytest.raises(InputError, match=f"n_patches must be an integer of at least 1, got {number}"):
+        SamplePatches(number, 8)
+    with pytest.raises(InputError, match=f"num_draws must be an integer of at least 1, got {number}"):
+        attention_sampling(attention_net(), PatchMean(), inference="average", num_draws=number)
+
+
+@pytest.mark.parametrize("size", [0, (8, 0), (8, 2.5), (), (1, 1, 1, 1), "8"])
+def test_patch_sizes_are_positive_integers(size):
+    with pytest.raises(InputError, match="patch_size must be an integer"):
+        SamplePatches(1, size)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 1, 2, 2, 2, 2), (2, 1, 6, 0)])
+def test_views_of_other_ranks_are_refused(shape):
+    with pytest.raises(InputError, match=f"x_low must be .*{shape[-1]}"):
+        attention_sampling(attention_net(), PatchMean())(torch.zeros(shape), views()[1])
+
+
+@pytest.mark.parametrize(("batch", "num_axes"), [(1, 2), (3, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_images_that_do_not_belong_to_the_view_are_refused(batch, num_axes, lazy):
+    x_low, _ = views()
+    _, x_high = views(num_axes, batch)
+    images = [ArraySource(row.numpy()) for row in x_high] if lazy else x_high
+    problem = f"x_high has {batch} rows, but 2" if num_axes == 2 else "x_high must be .* with 2 axes of space"
+    with pytest.raises(InputError, match=problem):
+        attention_sampling(attention_net(), PatchMean())(x_low, images)
+    with pytest.raises(InputError, match=problem):
+        SamplePatches(1, 8)(x_low, images, torch.ones(2, 6, 6))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 6), (3, 6, 6), (2, 5, 6), (2, 36), (2, 2, 6, 6), (6, 6)])
+def test_priors_and_attention_of_other_shapes_are_refused(shape):
+    x_low, x_high = views()
+    with pytest.raises(InputError, match=r"log_prior must be \(B, \*map\) = \(2, 6, 6\)"):
+        attention_sampling(attention_net(), PatchMean())(x_low, x_high, torch.zeros(shape))
+    if shape != (2, 5, 6):  # a map may be of any size
+        with pytest.raises(InputError, match=r"attention must be \(B, \*map\)"):
+            SamplePatches(1, 8)(x_low, x_high, torch.ones(shape))
+
+
+@pytest.mark.parametrize("use_logits", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attention_that_is_no_number_is_refused(value, use_logits):
+    x_low, x_high = views()
+    attention = torch.ones(2, 6, 6)
+    attention[1, 2, 3] = value
+    with pytest.raises(InputError, match=r"\(2, (6, 6|36)\).*(NaN|nan|inf)"):
+        SamplePatches(1, 8, use_logits=use_logits)(x_low, x_high, attention)
+    with pytest.raises(InputError, match=r"\(2, (6, 6|36)\).*(NaN|nan|inf)"):
+        attention_sampling(Constant(attention), PatchMean(), use_logits=use_logits)(x_low, x_high)
+    prior = torch.zeros(2, 6, 6).masked_fill(attention != 1, value)
+    with pytest.raises(InputError, match=r"log_prior \(2, 36\): row 1 has the value"):
+        attention_sampling(attention_net(), PatchMean())(x_low, x_high, prior)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_patches_larger_than_the_image_are_refused(lazy):
+    x_low, x_high = views()
+    images = [ArraySource(row.numpy()) for row in x_high] if lazy else x_high
+    with pytest.raises(InputError, match=r"patch of \(48, 49\) pixels is larger than the image, \(48, 48\)"):
+        attention_sampling(attention_net(), PatchMean(), (48, 49))(x_low, images)
+
+
+class Constant(nn.Module):
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x_low: Tensor) -> Tensor:
+        return self.output
+
+
 class TwoAxes(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         return patches.mean(dim=(2, 3))[:, :, None]
@@ -245,22 +392,16 @@ def test_bad_input():
     x_low, x_high = views()
     with pytest.raises(InputError, match="patch_size is missing"):
         attention_sampling(attention_net(), nn.Flatten())
-    with pytest.raises(InputError, match="n_patches"):
-        SamplePatches(0, 8)
-    with pytest.raises(InputError, match="patch_size"):
-        SamplePatches(1, (8, 0))
-    with pytest.raises(InputError, match="inference"):
-        attention_sampling(attention_net(), PatchMean(), inference="average")
+    with pytest.raises(InputError, match=r"inference must be one of .* got 'mean'"):
+        attention_sampling(attention_net(), PatchMean(), inference="mean")
     with pytest.raises(InputError, match="scheme"):
         attention_sampling(attention_net(), PatchMean(), scheme="gumbel")
-    with pytest.raises(InputError, match="x_low has 2 rows, x_high 1"):
+    with pytest.raises(InputError, match="x_high has 1 rows, but 2 are expected"):
         attention_sampling(attention_net(), PatchMean())(x_low, x_high[:1])
     with pytest.raises(InputError, match=r"attention must be \(B, \*map\)"):
         attention_sampling(nn.Conv2d(1, 2, 1), PatchMean())(x_low, x_high)
     with pytest.raises(InputError, match="use_logits=True"):
         attention_sampling(attention_net(softmax=False), PatchMean())(x_low - 5, x_high)
-    with pytest.raises(InputError, match="log_prior"):
-        attention_sampling(attention_net(), PatchMean())(x_low, x_high, torch.zeros(2, 5, 5))
     with pytest.raises(InputError, match="feature network"):
         attention_sampling(attention_net(), TwoAxes(), patch_size=8)(x_low, x_high)
     with pytest.raises(InputError, match="inclusion"):

@@ -25,7 +25,7 @@ class ArraySource:
         return out
 
 
-@pytest.mark.parametrize("space", [(9,), (7, 8), (5, 6, 4)])
+@pytest.mark.parametrize("space", [(9,), (7, 8), (5, 6, 5)])
 def test_tensor_and_lazy_source_agree_with_plain_indexing(space):
     generator = torch.Generator().manual_seed(0)
     x_high = torch.randint(0, 255, (2, 3, *space), generator=generator, dtype=torch.uint8)
@@ -51,10 +51,27 @@ def test_bad_input():
     offsets_BND = torch.zeros(2, 3, 2, dtype=torch.int64)
     with pytest.raises(InputError, match="do not fit"):
         cut_patches(torch.zeros(2, 1, 4, 4), offsets_BND, (3,))
-    with pytest.raises(InputError, match="1 images"):
+    with pytest.raises(InputError, match="x_high has 1 rows, but 2"):
         cut_patches(torch.zeros(1, 1, 4, 4), offsets_BND, (3, 3))
     with pytest.raises(InputError, match=r"\(2, 1, 4\)"):
         cut_patches(torch.zeros(2, 1, 4), offsets_BND, (3, 3))
     gray, colour = ArraySource(np.zeros((1, 4, 4), np.uint8)), ArraySource(np.zeros((3, 4, 4), np.uint8))
     with pytest.raises(InputError, match="agree in dtype and channels"):
         cut_patches([gray, colour], offsets_BND, (3, 3))
+    with pytest.raises(InputError, match=r"2 axes of space, got \(1, 4\) .* row 1"):
+        cut_patches([gray, ArraySource(np.zeros((1, 4), np.uint8))], offsets_BND, (3, 3))
+    with pytest.raises(InputError, match=r"list of B sources.*ndarray"):
+        cut_patches(np.zeros((2, 1, 4, 4)), offsets_BND, (3, 3))
+    with pytest.raises(InputError, match=r"list of B sources.*'ndarray', 'ndarray'"):
+        cut_patches([np.zeros((1, 4, 4))] * 2, offsets_BND, (3, 3))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("size", [(5, 4), (4, 6)])
+def test_a_patch_may_fill_its_image_but_not_exceed_it(size, lazy):
+    x_high = torch.arange(20.0).view(1, 1, 4, 5)
+    images = [ArraySource(x_high[0].numpy())] if lazy else x_high
+    origin = torch.zeros(1, 1, 2, dtype=torch.int64)
+    assert torch.equal(cut_patches(images, origin, (4, 5))[0], x_high)
+    with pytest.raises(InputError, match=rf"patch of \({size[0]}, {size[1]}\) .* larger than .*\(4, 5\)"):
+        cut_patches(images, origin, size)
