@@ -1,121 +1,202 @@
-"""Exact unbiasedness: every ordered sample of a small map, through the package's own functions and autograd.
+"""Exact unbiasedness: every sample of a small map, through the package's own functions and autograd.
+
+Samples are ordered draws, or, for "balanced", the sets that the uniform offset picks: nothing changes between
+the fractional parts of the interval ends, so the integral over it is a finite sum.
 
 Letters: S samples (all of them), M positions, N draws, F features.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from ats_stream.sampling import estimator_weights, expectation
+from ats_stream.sampling import SCHEMES, estimator_weights, expectation, log_attention
+from ats_stream.sampling.balanced import curve_places, inclusion_probabilities, systematic_sample
+from ats_stream.sampling.philox import Noise
 
-M, F = 6, 3
+MAX_M, F = 7, 2
 TOLERANCE = 1e-10
-SCHEMES = ("with_replacement", "des_raj", "murthy")
+UNBIASED = ("with_replacement", "des_raj", "murthy", "balanced")
+SIZES = [(m, n) for m in range(1, MAX_M + 1) for n in range(1, m + 1)]
+CHUNK = 1 << 17  # samples at once: 7^7 of them would need a gigabyte
 
 
 def vector(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def every_sample(q_M: Tensor, num_draws: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """All ordered samples (S, N) and their probabilities (S,)."""
+def every_sample(q_M: Tensor, num_draws: int, scheme: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All samples in chunks: positions (S, N), chances (S,) and weights (S, N)."""
+    num_positions = len(q_M)
+    if scheme == "balanced":
+        yield every_offset(q_M, num_draws)
+        return
+    position = torch.arange(num_positions)
     if scheme == "with_replacement":
-        index_SN = torch.tensor(list(itertools.product(range(M), repeat=num_draws)))
-        return index_SN, q_M[index_SN].prod(dim=1)
-    index_SN = torch.tensor(list(itertools.permutations(range(M), num_draws)))
-    q_SN = q_M[index_SN]
-    left_SN = 1 - (q_SN.cumsum(dim=1) - q_SN)
-    return index_SN, (q_SN / left_SN).prod(dim=1)
+        index_SN = torch.cartesian_prod(*[position] * num_draws).view(-1, num_draws)
+    else:
+        index_SN = torch.tensor(list(itertools.permutations(range(num_positions), num_draws)))
+    for chunk_SN in index_SN.split(CHUNK):
+        q_SN = q_M[chunk_SN]
+        left_SN = 1 - (q_SN.cumsum(dim=1) - q_SN)
+        chance_S = q_SN.prod(dim=1) if scheme == "with_replacement" else (q_SN / left_SN).prod(dim=1)
+        yield chunk_SN, chance_S, estimator_weights(q_SN, scheme)
 
 
-def estimates(scheme: str, num_draws: int, q_M: Tensor, a_M: Tensor, f_MF: Tensor, *, centred: bool = False):
-    index_SN, chance_S = every_sample(q_M, num_draws, scheme)
-    weight_SN = estimator_weights(q_M[index_SN], scheme)
-    return expectation(f_MF[index_SN], a_M[index_SN], weight_SN, centred=centred), chance_S
+def every_offset(q_M: Tensor, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the offsets of a balanced draw pick, along the curve of some stream."""
+    position_1M = torch.arange(len(q_M))[None]
+    curve = Noise(seed=5, stream_ids=torch.tensor([3]))
+    order_1M = curve_places(position_1M, (len(q_M),), curve).argsort(dim=1)
+    pi_1M = inclusion_probabilities(q_M.log()[None], num_draws)
+    ends_M = pi_1M[0, order_1M[0]].cumsum(dim=0)
+    cuts = torch.cat([torch.zeros(1), ends_M - ends_M.floor(), torch.ones(1)]).sort().values
+    length_S, offset_S = cuts.diff(), (cuts[1:] + cuts[:-1]) / 2
+    length_S, offset_S = length_S[length_S > 1e-13], offset_S[length_S > 1e-13]
+    pi_SM, order_SM = pi_1M.expand(len(offset_S), -1), order_1M.expand(len(offset_S), -1)
+    index_SN = systematic_sample(pi_SM, order_SM, offset_S, num_draws)
+    inclusion_SN = pi_SM.gather(1, index_SN)
+    return index_SN, length_S, estimator_weights(q_M[index_SN], "balanced", inclusion_BN=inclusion_SN)
+
+
+def case(num_positions: int, spread: float, stale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the present network, features, and q (M,) that draws."""
+    logits_M = spread * vector(1, num_positions)
+    old_M = spread * vector(4, num_positions) if stale else logits_M
+    return logits_M, vector(2, num_positions, F), old_M.softmax(dim=0)
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
-@pytest.mark.parametrize("num_draws", range(1, M))
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_value_and_gradients_are_unbiased(scheme, num_draws, stale):
-    logits_M = vector(1, M).requires_grad_()
-    f_MF = vector(2, M, F).requires_grad_()
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+@pytest.mark.parametrize(("num_positions", "num_draws"), SIZES)
+@pytest.mark.parametrize("scheme", UNBIASED)
+def test_value_and_gradients_are_unbiased(scheme, num_positions, num_draws, spread, stale):
+    logits_M, f_MF, q_M = case(num_positions, spread, stale)
     upstream_F = vector(3, F)
-    a_M = logits_M.softmax(dim=0)
-    q_M = vector(4, M).softmax(dim=0) if stale else a_M.detach()
+    logits_M.requires_grad_()
+    f_MF.requires_grad_()
 
-    value_SF, chance_S = estimates(scheme, num_draws, q_M, a_M, f_MF)
-    mean_F = chance_S @ value_SF
-    gradients = torch.autograd.grad(mean_F @ upstream_F, [logits_M, f_MF], retain_graph=True)
+    total, mean_F, gradients = 0.0, torch.zeros(F), [torch.zeros(()), torch.zeros(())]
+    for index_SN, chance_S, weight_SN in every_sample(q_M, num_draws, scheme):
+        a_M = logits_M.softmax(dim=0)
+        part_F = chance_S @ expectation(f_MF[index_SN], a_M[index_SN], weight_SN)
+        more = torch.autograd.grad(part_F @ upstream_F, [logits_M, f_MF])
+        gradients = [old + new for old, new in zip(gradients, more, strict=True)]
+        total, mean_F = total + float(chance_S.sum()), mean_F + part_F.detach()
 
-    exact_F = a_M @ f_MF
+    exact_F = logits_M.softmax(dim=0) @ f_MF
     exact_gradients = torch.autograd.grad(exact_F @ upstream_F, [logits_M, f_MF])
-    assert abs(float(chance_S.sum()) - 1) < TOLERANCE
+    assert abs(total - 1) < TOLERANCE
     assert float((mean_F - exact_F).detach().abs().max()) < TOLERANCE
     for gradient, exact in zip(gradients, exact_gradients, strict=True):
         assert float((gradient - exact).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_draws", range(2, M))
-def test_enumeration_catches_the_published_bias(num_draws):
-    # the inclusive cumulative sum of the ports: one draw too much is taken off
-    q_M, f_MF = vector(1, M).softmax(dim=0), vector(2, M, F)
-    index_SN, chance_S = every_sample(q_M, num_draws, "des_raj")
-    q_SN = q_M[index_SN]
-    wrong_SN = ((1 - q_SN.cumsum(dim=1)) / q_SN + torch.arange(num_draws - 1, -1, -1)) / num_draws
-    mean_F = chance_S @ expectation(f_MF[index_SN], q_SN, wrong_SN)
-    assert float((mean_F - q_M @ f_MF).abs().max()) > 1e-2
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+@pytest.mark.parametrize(("num_positions", "num_draws"), SIZES)
+@pytest.mark.parametrize("scheme", UNBIASED)
+def test_attention_times_weight_sums_to_one_in_every_fresh_sample(scheme, num_positions, num_draws, spread):
+    _, _, q_M = case(num_positions, spread, stale=False)
+    for index_SN, _, weight_SN in every_sample(q_M, num_draws, scheme):
+        sum_S = (q_M[index_SN] * weight_SN).sum(dim=1)
+        assert float((sum_S - 1).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_draws", range(1, M))
-def test_murthy_is_the_mean_of_des_raj_given_the_set(num_draws):
-    q_M = vector(5, M).softmax(dim=0)
-    index_SN, chance_S = every_sample(q_M, num_draws, "des_raj")
-    by_position_SM = torch.zeros(len(index_SN), M, dtype=torch.float64)
-    des_raj_SM = by_position_SM.scatter(1, index_SN, estimator_weights(q_M[index_SN], "des_raj"))
-    murthy_SM = by_position_SM.scatter(1, index_SN, estimator_weights(q_M[index_SN], "murthy"))
-    for members in itertools.combinations(range(M), num_draws):
+def test_balanced_cases_above_are_capped_and_not():
+    def largest_inclusions(spread: float) -> list[float]:
+        chances = (case(m, spread, stale=False)[2] for m, n in SIZES if n == 2 < m)
+        return [float(inclusion_probabilities(q_M.log()[None], 2).max()) for q_M in chances]
+
+    assert max(largest_inclusions(3.0)) == 1
+    assert min(largest_inclusions(1.0)) < 1
+
+
+@pytest.mark.parametrize("num_draws", range(1, MAX_M))
+@pytest.mark.parametrize("scheme", UNBIASED)
+def test_attention_times_weight_sums_to_one_on_average_alone_when_stale(scheme, num_draws):
+    logits_M, _, q_M = case(MAX_M, 1.0, stale=True)
+    a_M, mean, farthest = logits_M.softmax(dim=0), 0.0, 0.0
+    for index_SN, chance_S, weight_SN in every_sample(q_M, num_draws, scheme):
+        sum_S = (a_M[index_SN] * weight_SN).sum(dim=1)
+        mean += float(chance_S @ sum_S)
+        farthest = max(farthest, float((sum_S - 1).abs().max()))
+    assert abs(mean - 1) < TOLERANCE
+    assert farthest > 0.05
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
+@pytest.mark.parametrize("num_positions", range(1, MAX_M + 1))
+@pytest.mark.parametrize("scheme", ["murthy", "balanced"])
+def test_drawing_everything_gives_the_exact_sum(scheme, num_positions, stale):
+    logits_M, f_MF, q_M = case(num_positions, 1.0, stale)
+    a_M = logits_M.softmax(dim=0)
+    for index_SN, _, weight_SN in every_sample(q_M, num_positions, scheme):
+        value_SF = expectation(f_MF[index_SN], a_M[index_SN], weight_SN)
+        assert float((value_SF - a_M @ f_MF).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+@pytest.mark.parametrize(("num_positions", "num_draws"), SIZES)
+def test_murthy_is_the_mean_of_des_raj_given_the_set(num_positions, num_draws, spread):
+    _, _, q_M = case(num_positions, spread, stale=False)
+    ((index_SN, chance_S, des_raj_SN),) = every_sample(q_M, num_draws, "des_raj")
+    murthy_SN = estimator_weights(q_M[index_SN], "murthy")
+    by_position_SM = torch.zeros(len(index_SN), num_positions, dtype=torch.float64)
+    des_raj_SM = by_position_SM.scatter(1, index_SN, des_raj_SN)
+    murthy_SM = by_position_SM.scatter(1, index_SN, murthy_SN)
+    for members in itertools.combinations(range(num_positions), num_draws):
         same_set_S = (index_SN.sort(dim=1).values == torch.tensor(members)).all(dim=1)
         chance = chance_S[same_set_S]
         mean_M = (chance @ des_raj_SM[same_set_S]) / chance.sum()
-        assert float((murthy_SM[same_set_S] - mean_M).abs().max()) < TOLERANCE
+        # weights reach 1 / q, hundreds here
+        assert torch.allclose(
+            murthy_SM[same_set_S], mean_M.expand(len(chance), -1), atol=TOLERANCE, rtol=1e-11
+        )
 
 
-def test_murthy_never_has_more_variance_than_des_raj():
-    q_M, f_MF = vector(6, M).softmax(dim=0), vector(7, M, F)
-    for num_draws in range(2, M):
-        variances = []
-        for scheme in ("murthy", "des_raj"):
-            value_SF, chance_S = estimates(scheme, num_draws, q_M, q_M, f_MF)
-            variances.append(chance_S @ (value_SF - q_M @ f_MF).square())
-        assert bool((variances[0] < variances[1]).all())
+@pytest.mark.parametrize("num_draws", range(2, MAX_M + 1))
+def test_murthy_has_less_variance_than_des_raj_and_that_less_than_replacement(num_draws):
+    _, f_MF, q_M = case(MAX_M, 1.0, stale=False)
+    variances = []
+    for scheme in ("murthy", "des_raj", "with_replacement"):
+        variance_F = torch.zeros(F, dtype=torch.float64)
+        for index_SN, chance_S, weight_SN in every_sample(q_M, num_draws, scheme):
+            value_SF = expectation(f_MF[index_SN], q_M[index_SN], weight_SN)
+            variance_F += chance_S @ (value_SF - q_M @ f_MF).square()
+        variances.append(variance_F)
+    assert bool((variances[0] < variances[1]).all())
+    assert bool((variances[1] < variances[2]).all())
 
 
 def test_centred_keeps_the_value_and_has_no_gradient_outside_a_fresh_sample():
-    logits_M = vector(1, M).requires_grad_()
-    f_MF = vector(2, M, F)
+    logits_M, f_MF, q_M = case(MAX_M, 1.0, stale=False)
+    logits_M.requires_grad_()
     a_M = logits_M.softmax(dim=0)
-    plain_SF, _ = estimates("murthy", 3, a_M.detach(), a_M, f_MF)
-    centred_SF, _ = estimates("murthy", 3, a_M.detach(), a_M, f_MF, centred=True)
-    index_SN, _ = every_sample(a_M.detach(), 3, "murthy")
+    ((index_SN, _, weight_SN),) = every_sample(q_M, 3, "murthy")
+    plain_SF = expectation(f_MF[index_SN], a_M[index_SN], weight_SN)
+    centred_SF = expectation(f_MF[index_SN], a_M[index_SN], weight_SN, centred=True)
     assert torch.allclose(plain_SF, centred_SF, atol=1e-14)
     for sample in range(0, len(index_SN), 17):
         (gradient_M,) = torch.autograd.grad(centred_SF[sample].sum(), logits_M, retain_graph=True)
-        outside = [position for position in range(M) if position not in index_SN[sample]]
+        outside = [position for position in range(MAX_M) if position not in index_SN[sample]]
         assert float(gradient_M[outside].abs().max()) < 1e-14
         assert float(gradient_M.abs().max()) > 1e-3
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradcheck(scheme):
     index_BN = torch.tensor([[0, 3, 5], [2, 1, 4]])
+    log_prior_BM = torch.zeros(2, MAX_M, dtype=torch.float64)
+    log_prior_BM[:, 6] = float("-inf")
+    inclusion_BN = torch.full((2, 3), 0.4, dtype=torch.float64)
 
     def estimate(logits_BM, features_BNF):
-        a_BN = logits_BM.softmax(dim=1).gather(1, index_BN)
-        weight_BN = estimator_weights(torch.full((2, 3), 0.2, dtype=torch.float64), "murthy")
-        return expectation(features_BNF, a_BN, weight_BN)
+        a_BN = log_attention(logits_BM, log_prior_BM).gather(1, index_BN).exp()
+        q_BN = torch.full((2, 3), 0.2, dtype=torch.float64)
+        return expectation(features_BNF, a_BN, estimator_weights(q_BN, scheme, inclusion_BN=inclusion_BN))
 
-    inputs = (vector(8, 2, M).requires_grad_(), vector(9, 2, 3, F).requires_grad_())
+    inputs = (vector(8, 2, MAX_M).requires_grad_(), vector(9, 2, 3, F).requires_grad_())
     assert torch.autograd.gradcheck(estimate, inputs)
