@@ -16,7 +16,13 @@ from ats_stream.sampling.attention import attention_logits, log_attention
 from ats_stream.sampling.draw import Draw, draw
 from ats_stream.sampling.expectation import expectation
 from ats_stream.sampling.geometry import Geometry, geometry_from_receptive_field, patch_offsets
-from ats_stream.sampling.patches import HighResolution, check_high_resolution, cut_patches, image_shape
+from ats_stream.sampling.patches import (
+    HighResolution,
+    check_high_resolution,
+    check_view,
+    cut_patches,
+    image_shape,
+)
 from ats_stream.sampling.streams import Seeded
 from ats_stream.sampling.tracing import geometry_of
 from ats_stream.sampling.weights import check_scheme, estimator_weights
@@ -304,14 +310,6 @@ def attention_sampling(
         num_draws=num_draws,
         centred=centred,
     )
-
-
-def check_view(x_low: Tensor) -> int:
-    """Number of axes of space of a low-resolution view (B, C, *view); InputError unless 1 to 3."""
-    if not isinstance(x_low, Tensor) or not 3 <= x_low.ndim <= 5 or 0 in x_low.shape:
-        got = tuple(x_low.shape) if isinstance(x_low, Tensor) else type(x_low).__name__
-        raise InputError(f"x_low must be a tensor (B, C, *view) with 1 to 3 axes of space, got {got}")
-    return x_low.ndim - 2
 
 
 def map_shape_of(attention: Tensor, x_low: Tensor) -> tuple[int, ...]:

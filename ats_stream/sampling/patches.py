@@ -1,12 +1,12 @@
 """Cutting patches out of tensors and out of sources that read them on demand.
 
-Shapes: B rows, N draws, C channels, D axes of space, P pixels of a patch.
+Shapes: B rows, N draws, C channels, D axes of space, P pixels of a patch, Q = N P.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +36,20 @@ class PatchSource(Protocol):
 
 HighResolution = Tensor | Sequence[PatchSource]
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def image_shape(source: PatchSource) -> tuple[int, ...]:
     """Size of the full-resolution image in pixels, without its channels."""
     return tuple(source.levels[0].shape[1:])
+
+
+def check_view(x_low: Tensor) -> int:
+    """Number of axes of space of a low-resolution view (B, C, *view); InputError unless 1 to 3."""
+    if not isinstance(x_low, Tensor) or not 3 <= x_low.ndim <= 5 or 0 in x_low.shape:
+        got = tuple(x_low.shape) if isinstance(x_low, Tensor) else type(x_low).__name__
+        raise InputError(f"x_low must be a tensor (B, C, *view) with 1 to 3 axes of space, got {got}")
+    return x_low.ndim - 2
 
 
 def check_high_resolution(x_high: HighResolution, num_rows: int, num_axes: int) -> None:
@@ -87,15 +97,44 @@ def cut_patches(
     for source in x_high:
         _check_patch_size(sizes, image_shape(source))
     offsets = offsets_BND.cpu().numpy()
-    outside = int(fill) if float(fill).is_integer() else fill  # sources of integers expect an integer
     rows = [
-        torch.as_tensor(source.read_patches(0, offsets[row], sizes, fill=outside))
+        torch.as_tensor(source.read_patches(0, offsets[row], sizes, fill=as_integer(fill)))
         for row, source in enumerate(x_high)
     ]
     if len({(one.dtype, one.shape) for one in rows}) != 1:
         kinds = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in rows)
         raise InputError(f"the sources of one batch must agree in dtype and channels, got {kinds}")
     return torch.stack(rows).to(offsets_BND.device)
+
+
+def as_integer(fill: float) -> float:
+    """Spell a whole number as an int, as sources of integer pixels expect."""
+    return int(fill) if float(fill).is_integer() else fill
+
+
+def on_bits(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``move(x)`` for an operation that only moves pixels; torch lacks most of them for uint16 to uint64.
+
+    >>> on_bits(lambda x: x.flip(0), torch.tensor([1, 65535], dtype=torch.uint16))
+    tensor([65535,     1], dtype=torch.uint16)
+    """
+    if x.dtype not in _SIGNED:
+        return move(x)
+    return move(x.view(_SIGNED[x.dtype])).view(x.dtype)
+
+
+def inside_image(offsets_ND: Tensor, sizes: Sequence[int], space: Sequence[int]) -> Tensor:
+    """Which pixels of the patches lie in the image: bool (N, *sizes).
+
+    >>> inside_image(torch.tensor([[-1], [1]]), (2,), (3,)).tolist()
+    [[False, True], [True, True]]
+    """
+    inside = torch.ones(len(offsets_ND), *sizes, dtype=torch.bool, device=offsets_ND.device)
+    for axis, (length, size) in enumerate(zip(space, sizes, strict=True)):
+        pixel_NS = offsets_ND[:, axis, None] + torch.arange(size, device=offsets_ND.device)
+        within_NS = (pixel_NS >= 0) & (pixel_NS < length)
+        inside &= within_NS.view(-1, *[1] * axis, size, *[1] * (len(sizes) - axis - 1))
+    return inside
 
 
 def _check_patch_size(sizes: tuple[int, ...], space: tuple[int, ...]) -> None:
@@ -108,17 +147,15 @@ def _gather_patches(x_high: Tensor, offsets_BND: Tensor, sizes: tuple[int, ...],
     num_draws = offsets_BND.shape[1]
     space = tuple(x_high.shape[2:])
     flat_BNP = offsets_BND.new_zeros(num_rows, num_draws, 1)
-    inside_BNP = torch.ones_like(flat_BNP, dtype=torch.bool)
+    inside_BQ = inside_image(offsets_BND.flatten(0, 1), sizes, space).view(num_rows, -1)
     for axis, (length, size) in enumerate(zip(space, sizes, strict=True)):
         pixel_BNS = offsets_BND[:, :, axis, None] + torch.arange(size, device=offsets_BND.device)
-        within_BNS = (pixel_BNS >= 0) & (pixel_BNS < length)
         step_BNS = pixel_BNS.clamp(0, length - 1)
         flat_BNP = (flat_BNP[..., :, None] * length + step_BNS[..., None, :]).flatten(2)
-        inside_BNP = (inside_BNP[..., :, None] & within_BNS[..., None, :]).flatten(2)
     num_pixels = math.prod(sizes)
     place_BCQ = flat_BNP.reshape(num_rows, 1, -1).expand(-1, num_channels, -1)
-    pixels_BCQ = x_high.flatten(2).gather(2, place_BCQ)
-    pixels_BCQ = torch.where(inside_BNP.reshape(num_rows, 1, -1), pixels_BCQ, pixels_BCQ.new_full((), fill))
+    pixels_BCQ = on_bits(lambda bits: bits.gather(2, place_BCQ), x_high.flatten(2))
+    pixels_BCQ = torch.where(inside_BQ[:, None], pixels_BCQ, pixels_BCQ.new_full((), fill))
     return (
         pixels_BCQ.view(num_rows, num_channels, num_draws, num_pixels)
         .transpose(1, 2)

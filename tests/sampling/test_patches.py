@@ -25,16 +25,18 @@ class ArraySource:
         return out
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("space", [(9,), (7, 8), (5, 6, 5)])
-def test_tensor_and_lazy_source_agree_with_plain_indexing(space):
+def test_tensor_and_lazy_source_agree_with_plain_indexing(space, dtype):
     generator = torch.Generator().manual_seed(0)
-    x_high = torch.randint(0, 255, (2, 3, *space), generator=generator, dtype=torch.uint8)
+    largest = min(torch.iinfo(dtype).max, 2**32 - 1)
+    x_high = torch.randint(0, largest + 1, (2, 3, *space), generator=generator).to(dtype)
     size = tuple(range(3, 3 + len(space)))
     # some inside, some over each border, some wholly outside
     offsets_BND = torch.randint(-12, 14, (2, 40, len(space)), generator=generator)
     sources = [ArraySource(row.numpy()) for row in x_high]
     patches = cut_patches(x_high, offsets_BND, size, fill=7)
-    assert patches.dtype == torch.uint8
+    assert patches.dtype == dtype
     assert patches.shape == (2, 40, 3, *size)
     assert torch.equal(patches, cut_patches(sources, offsets_BND, size, fill=7))
     assert sources[0].calls == [(0, np.dtype("int64"), size, 7)]
