@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ats_stream.errors import InputError
+from ats_stream.kernels.arithmetic import PADDING_INDEX
 from ats_stream.sampling.balanced import balanced_draw
 from ats_stream.sampling.logarithm import log
-from ats_stream.sampling.packing import PADDING_INDEX
 from ats_stream.sampling.philox import Noise
 from ats_stream.sampling.race import (
     Order,
@@ -147,7 +147,7 @@ def merge_draws(draws: Sequence[Draw], num_samples: int) -> Draw:
 
 
 def _finish(race: Race, num_samples: int, noise: Noise, scheme: Scheme) -> Draw:
-    log_normaliser_B = torch.logaddexp(race.logit.logsumexp(dim=1), race.log_rest)
+    log_normaliser_B = race.log_total
     chosen = race.keep(num_samples)
     if scheme == "with_replacement":
         index_BN, logit_BN = _arrivals(chosen, noise)
@@ -254,7 +254,8 @@ def _check_global_index(global_index: Tensor, logits_BM: Tensor) -> Tensor:
     if global_index.dtype != torch.int64 or tuple(global_index.shape) not in ((shape[1],), shape):
         got = f"{global_index.dtype} {tuple(global_index.shape)}"
         raise InputError(f"global_index must be int64 ({shape[1]},) or {shape}, got {got}")
-    if not bool(((global_index >= 0) & (global_index < _MAX_POSITIONS)).all()):
+    lowest, highest = global_index.aminmax()
+    if int(lowest) < 0 or int(highest) >= _MAX_POSITIONS:
         raise InputError(f"global_index must lie in [0, {_MAX_POSITIONS})")
     return global_index.to(logits_BM.device)
 

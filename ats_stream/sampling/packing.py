@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PADDING_INDEX = 1 << 62  # above every position, and exact where torch passes it through a float
+from ats_stream.kernels.arithmetic import PADDING_INDEX
+
 _COMPACT_SHARE = 0.25  # consecutive positions share a counter, so a gathered one costs four times as much
 
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ats_stream.kernels.arithmetic import PHILOX_MULTIPLIERS, PHILOX_NUM_ROUNDS, PHILOX_WEYL
+
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_NUM_ROUNDS = 10
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,18 +39,18 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_NUM_ROUNDS):
+    for _ in range(PHILOX_NUM_ROUNDS):
         # int64 products wrap modulo 2^64, so both halves come out right once masked
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
+        product0 = c0 * PHILOX_MULTIPLIERS[0]
+        product1 = c2 * PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
             product1 & _MASK,
             ((product0 >> 32) & _MASK) ^ c3 ^ k1,
             product0 & _MASK,
         )
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
+        k0 = (k0 + PHILOX_WEYL[0]) & _MASK
+        k1 = (k1 + PHILOX_WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 

@@ -6,13 +6,17 @@ Spirakis 2006; the Gumbel-top-k trick in other words). Times are kept as logarit
 
     key_i = log E_i - logit_i        E_i = -log(1 - u_i)        smallest first, ties to the lower index
 
-so no normaliser is needed and tiles of a map merge exactly.
+so no normaliser is needed and tiles of a map merge exactly, and so do the masses of those left behind.
+
+CPU tensors of some size go through compiled code (:mod:`ats_stream.kernels.sample_cpu`), all others through
+torch, which is also what the compiled code is tested against: both give the same bits.
 
 Shapes: B rows, M positions, P positions of one block, K arrivals kept.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ats_stream.kernels.arithmetic import PADDING_INDEX
+from ats_stream.kernels.sample_cpu import is_compiled, race_cpu
 from ats_stream.sampling.logarithm import log, minus_log1m
-from ats_stream.sampling.packing import PADDING_INDEX, pack_drawable
+from ats_stream.sampling.mass import Mass
+from ats_stream.sampling.packing import pack_drawable
 from ats_stream.sampling.philox import Noise, unit_from_words
 
 if TYPE_CHECKING:
@@ -44,25 +51,33 @@ class Race:
     """(B, K) int64 global indices."""
     logit: Tensor
     """(B, K) float64."""
-    log_rest: Tensor
-    """(B,) float64: log-sum-exp of the logits of all other positions."""
+    rest: Mass
+    """The mass of all other positions."""
 
     @property
     def num_kept(self) -> int:
         """K."""
         return self.key.shape[1]
 
+    @property
+    def log_rest(self) -> Tensor:
+        """(B,) float64: log-sum-exp of the logits of all other positions."""
+        return self.rest.log()
+
+    @property
+    def log_total(self) -> Tensor:
+        """(B,) float64: log-sum-exp of the logits of all positions."""
+        return self.rest.plus(Mass.of(self.logit)).log()
+
     def keep(self, num_kept: int) -> Race:
         """Return the race with only its first ``num_kept`` arrivals; the others join the rest."""
         if num_kept >= self.num_kept:
             return self
-        dropped_BD = self.logit[:, num_kept:]
-        log_rest_B = torch.logsumexp(torch.cat([self.log_rest[:, None], dropped_BD], dim=1), dim=1)
         return Race(
             key=self.key[:, :num_kept],
             index=self.index[:, :num_kept],
             logit=self.logit[:, :num_kept],
-            log_rest=log_rest_B,
+            rest=self.rest.plus(Mass.of(self.logit[:, num_kept:])),
         )
 
 
@@ -78,6 +93,25 @@ def run_race(
 
     ``global_index`` (M,) or (B, M) names the positions; by default they are 0..M-1.
     """
+    if is_compiled(logits_BM):
+        parts = race_cpu(
+            logits_BM,
+            num_kept,
+            seed=noise.seed,
+            stream_ids_B=noise.stream_ids,
+            by_logit=order == "logit",
+            global_index=global_index,
+        )
+        races = [
+            Race(
+                key=part.key,
+                index=part.index,
+                logit=part.logit,
+                rest=Mass(peak=part.peak, levels=part.levels),
+            )
+            for part in parts
+        ]
+        return merge_races(races, num_kept)
     best: Race | None = None
     for logits_BP, index in _blocks(logits_BM, global_index):
         race = _run_block(logits_BP.double(), index, num_kept, noise, order)
@@ -88,6 +122,8 @@ def run_race(
 
 def merge_races(races: list[Race], num_kept: int) -> Race:
     """Return the first arrivals over disjoint sets of positions, given those of each."""
+    if len(races) == 1:
+        return races[0].keep(num_kept)
     key_BK = torch.cat([race.key for race in races], dim=1)
     index_BK = torch.cat([race.index for race in races], dim=1)
     logit_BK = torch.cat([race.logit for race in races], dim=1)
@@ -96,7 +132,7 @@ def merge_races(races: list[Race], num_kept: int) -> Race:
         key=key_BK.gather(1, order_BK),
         index=index_BK.gather(1, order_BK),
         logit=logit_BK.gather(1, order_BK),
-        log_rest=torch.logsumexp(torch.stack([race.log_rest for race in races]), dim=0),
+        rest=functools.reduce(Mass.plus, [race.rest for race in races]),
     ).keep(num_kept)
 
 
@@ -116,13 +152,18 @@ def exponentials(index: Tensor, noise: Noise, arrival: int | Tensor = 0) -> Tens
 
 def _blocks(logits_BM: Tensor, global_index: Tensor | None) -> Iterator[tuple[Tensor, Tensor | int]]:
     """Cut the map into blocks; with each comes its index tensor, or the first index of a run."""
-    if global_index is None:
-        logits_BM, global_index = pack_drawable(logits_BM)
     num_rows, num_positions = logits_BM.shape
     block = max(_BLOCK_VALUES // num_rows // 4 * 4, 4096)
     for start in range(0, num_positions, block):
-        part = slice(start, min(start + block, num_positions))
-        yield logits_BM[:, part], start if global_index is None else global_index[..., part]
+        part_BP = logits_BM[:, start : start + block]
+        if global_index is not None:
+            yield part_BP, global_index[..., start : start + block]
+            continue
+        packed_BC, index_BC = pack_drawable(part_BP)
+        if index_BC is None:
+            yield part_BP, start
+        elif start == 0 or index_BC.shape[1] > 0:
+            yield packed_BC, index_BC + start
 
 
 def _run_block(logits_BP: Tensor, index: Tensor | int, num_kept: int, noise: Noise, order: Order) -> Race:
@@ -187,5 +228,5 @@ def _race_of(
         key=pad(key_BK, (0, missing), value=float("inf")),
         index=pad(index_BK, (0, missing), value=PADDING_INDEX),
         logit=pad(logit_BK, (0, missing), value=float("-inf")),
-        log_rest=logits_BP.scatter(1, chosen_BK, float("-inf")).logsumexp(dim=1),
+        rest=Mass.of(logits_BP.scatter(1, chosen_BK, float("-inf"))),
     )
