@@ -48,6 +48,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing the packages of constraints.txt (minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
 	  --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
+	@# alone: it asks for torchvision, which comes as a CUDA build; the tests stand in for what it takes from there
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
+	  --constraint constraints.txt $(PIP_ARGS) timm
 	@touch $@
 	@echo "setup: done"
 

@@ -29,8 +29,9 @@ def geometry_of(network: nn.Module, input_shape: Sequence[int]) -> Geometry:
 
     ``input_shape`` is (C, *space), 1 to 3 axes of space, as the network sees it without the batch. The
     network runs once, in eval mode, on zeros; it may branch and join, and end in any layers that keep the
-    places of the map (softmax, squeezing the channel). Raises InputError where branches disagree or the map
-    cannot be followed.
+    places of the map (softmax, squeezing the channel). A module with a true attribute ``even_grid`` is not
+    looked into: its map covers its input evenly, and each cell sees all of it, as in a transformer. Raises
+    InputError where branches disagree or the map cannot be followed.
 
     >>> geometry_of(nn.Sequential(nn.Conv1d(1, 1, 3), nn.MaxPool1d(8)), (1, 83)).offset
     (1.0,)
@@ -44,6 +45,11 @@ def geometry_of(network: nn.Module, input_shape: Sequence[int]) -> Geometry:
     tracer = _Tracer(len(space))
     tracer.places[view] = _Place.identity(space)
     modes = {module: module.training for module in network.modules()}
+    hooks = []
+    for module in modes:
+        if getattr(module, "even_grid", False):
+            hooks.append(module.register_forward_pre_hook(tracer.look_away))
+            hooks.append(module.register_forward_hook(tracer.look_again))
     try:
         network.eval()
         with torch.no_grad(), tracer:
@@ -51,6 +57,8 @@ def geometry_of(network: nn.Module, input_shape: Sequence[int]) -> Geometry:
     except RuntimeError as error:
         raise InputError(f"the attention network cannot run on a view of shape {shape}: {error}") from error
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, training in modes.items():
             module.training = training
     place: _Place | None = None
@@ -222,12 +230,40 @@ class _Tracer(TorchFunctionMode):
         self.places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._num_axes = num_axes
         self._rules = {name.format(num_axes): rule for name, rule in _RULES.items()}
+        self._depth_away = 0
+
+    def look_away(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Follow nothing inside of a module that covers its input evenly."""
+        del module, inputs
+        self._depth_away += 1
+
+    def look_again(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Place the output of such a module."""
+        del module
+        self._depth_away -= 1
+        if inputs and isinstance(output, Tensor) and inputs[0] in self.places:
+            before = self.places[inputs[0]]
+            size = tuple(output.shape[-self._num_axes :])
+            ratio = [old / new for old, new in zip(before.size, size, strict=True)]
+            self.places[output] = replace(
+                before,
+                stride=tuple(step * one for step, one in zip(before.stride, ratio, strict=True)),
+                receptive_field=tuple(
+                    width + step * (old - 1)
+                    for width, step, old in zip(
+                        before.receptive_field, before.stride, before.size, strict=True
+                    )
+                ),
+                size=size,
+            )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._depth_away > 0:
+            return result
         name = getattr(func, "__name__", "")
         before = self._join(name, [*args, *kwargs.values()])
         if before is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 
 from ats_stream.errors import CheckpointError, StorageError
 from ats_stream.files import write_atomic
+from ats_stream.models.weights import read_torch_file
 
 if TYPE_CHECKING:
     import os
@@ -61,14 +61,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; CheckpointError if it is absent, damaged or of another format."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        _check_bytes(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, down to those of zip and pickle
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged: {reason}") from error
+    state = read_torch_file(path, legacy=False)
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if not isinstance(state, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {found!r}, expected {FORMAT}")
@@ -76,14 +69,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{path}: not a whole checkpoint: no {name} in it")
     return state
-
-
-def _check_bytes(path: Path) -> None:
-    """Raise ValueError if a checksum does not hold: torch writes them and never looks at them."""
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"the checksum of {broken} does not hold")
 
 
 def find_checkpoint(place: str | os.PathLike[str]) -> Path:

@@ -1,12 +1,19 @@
 """The geometry read off a network against brute force: which pixels have a gradient for one cell."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ats_stream.errors import InputError
-from ats_stream.sampling import SampleSoftmax, geometry_of, receptive_field
+from ats_stream.sampling import (
+    SampleSoftmax,
+    geometry_from_receptive_field,
+    geometry_of,
+    receptive_field,
+)
 
 
 class Residual(nn.Module):
@@ -163,3 +170,29 @@ class Constant(nn.Module):
 def test_bad_input(network, input_shape, message):
     with pytest.raises(InputError, match=message):
         geometry_of(network, input_shape)
+
+
+class Shuffled(nn.Module):
+    """Cells of 4 x 4 pixels that all see the whole view, by a way that cannot be followed."""
+
+    even_grid = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = x.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(4, 5))
+        return torch.roll(cells.flatten(2), 1, dims=2).reshape(cells.shape) + cells.mean()
+
+
+def test_a_module_that_says_so_covers_its_input_evenly():
+    whole = geometry_of(Shuffled(), (1, 24, 32))
+    assert whole == replace(geometry_from_receptive_field(0, (6, 8), (24, 32)), receptive_field=(24, 32))
+    inside = geometry_of(
+        nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), Shuffled(), nn.Conv2d(2, 1, 3)), (1, 25, 33)
+    )
+    # 12 x 16 cells of 2 pixels from 0.5 on, 3 x 4 cells of 8, less a border of one
+    assert inside.map_shape == (1, 2)
+    assert inside.stride == (8.0, 8.0)
+    assert inside.offset == (8.5, 8.5)
+    plain = Shuffled()
+    plain.even_grid = False
+    with pytest.raises(InputError):
+        geometry_of(plain, (1, 24, 32))
