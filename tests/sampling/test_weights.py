@@ -1,4 +1,5 @@
 import itertools
+import math
 from fractions import Fraction
 
 import pytest
@@ -56,6 +57,26 @@ def test_murthy_against_enumeration_of_all_orders(num_draws, spread):
         assert float((weight_N / exact_N - 1).abs().max()) < 1e-12
 
 
+def murthy_by_many_nodes(log_q_N: torch.Tensor, log_rest: float) -> torch.Tensor:
+    """The integrals of METHOD by 4096 nodes over all of y in which float64 sees anything, on logarithms."""
+    y_G = torch.linspace(-45, 9, 4096, dtype=torch.float64)
+    factor_NG = (-torch.expm1(-(log_q_N[:, None] - log_rest + y_G).exp())).log()
+    whole_G = y_G - y_G.exp() + factor_NG.sum(dim=0)
+    return (torch.logsumexp(whole_G - factor_NG, dim=1) - torch.logsumexp(whole_G, dim=0)).exp()
+
+
+@pytest.mark.parametrize("mass", [1e-3, 0.1, 0.5, 0.9, 1 - 1e-6, 1 - 1e-12])
+@pytest.mark.parametrize("num_draws", [3, 10, 19, 20, 64, 300])
+def test_murthy_against_many_nodes(num_draws, mass):
+    for num_positions, spread in ((1_000_000, 1.0), (20_000, 4.0), (2 * num_draws, 12.0)):
+        q_N = drawn_probabilities(num_draws, num_positions, spread, seed=num_draws)
+        log_q_N = q_N.log() - q_N.log().logsumexp(0) + math.log(mass)
+        log_rest_B = torch.tensor([math.log1p(-mass)], dtype=torch.float64)
+        weight_N = weights_from_logs(log_q_N[None], log_rest_B, "murthy")[0]
+        exact_N = murthy_by_many_nodes(log_q_N, float(log_rest_B))
+        assert float((weight_N / exact_N - 1).abs().max()) < 1e-10
+
+
 @pytest.mark.parametrize("num_draws", [1, 2, 3, 10, 64, 500])
 @pytest.mark.parametrize("scheme", UNBIASED)
 def test_attention_times_weight_sums_to_one_when_fresh(scheme, num_draws):
@@ -89,6 +110,18 @@ def test_probabilities_beyond_float64(scheme):
     if scheme == "murthy":
         tail = torch.tensor([[0.0, -1.0, -2.0]], dtype=torch.float64).softmax(dim=1)
         assert torch.allclose(weight_BN[:, 1:], estimator_weights(tail[:, :2], "murthy"), rtol=1e-9)
+
+
+def test_murthy_of_a_draw_nobody_expects():
+    # far below anything likely the weight is 1 / q times what holds for every such draw
+    for log_q in (-250.0, -650.0):
+        log_q_BN = torch.tensor([[-1.0, -2.0, log_q]], dtype=torch.float64)
+        log_rest_B = torch.log1p(-log_q_BN.exp().sum(dim=1))
+        weight_N = weights_from_logs(log_q_BN, log_rest_B, "murthy")[0]
+        near_BN = torch.tensor([[-1.0, -2.0, -60.0]], dtype=torch.float64)
+        near_N = weights_from_logs(near_BN, torch.log1p(-near_BN.exp().sum(dim=1)), "murthy")[0]
+        assert torch.allclose(weight_N[:2], near_N[:2], rtol=1e-11)
+        assert float(weight_N[2].log() + log_q) == pytest.approx(float(near_N[2].log()) - 60, abs=1e-9)
 
 
 @pytest.mark.parametrize("scheme", [*UNBIASED, "top"])
