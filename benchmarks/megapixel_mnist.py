@@ -19,6 +19,7 @@ On a CPU a process uses --threads threads (1 by default: two runs on two cores b
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -142,9 +143,9 @@ def train(
             "curve": curve,
         }
         write_atomic(folder / f"{run.name}.json", (json.dumps(result, indent=1) + "\n").encode())
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, checkpoint
-        )
+        state = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, state)
+        write_atomic(checkpoint, state.getvalue())
     return curve
 
 

@@ -14,8 +14,9 @@ from biased_original import original_expectation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ats_stream.models import MnistAttention
+from ats_stream.models.sampled import start_like_keras
 from ats_stream.sampling import (
-    SampleSoftmax,
     cut_patches,
     draw,
     expectation,
@@ -26,7 +27,6 @@ from ats_stream.sampling import (
 
 BIASED_ORIGINAL = "biased_original"
 NUM_CLASSES = 10
-SMOOTH = 1e-5
 # few enough, on a CPU, that activations stay in its cache
 _PATCHES_AT_ONCE = 64
 _WINDOWS_AT_ONCE = 4096
@@ -65,27 +65,19 @@ class MegapixelModel(nn.Module):
 
     def __init__(self, *, width: int = 32) -> None:
         super().__init__()
-        self.attention = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding="same"),
-            nn.Tanh(),
-            nn.Conv2d(8, 8, 3, padding="same"),
-            nn.Tanh(),
-            nn.Conv2d(8, 1, 3, padding="same"),
-        )
+        self.attention = MnistAttention()
         self.feature = SparseMaxFeatures(width)
         self.head = nn.Linear(width, NUM_CLASSES)
-        for module in self.modules():  # as Keras begins
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_like_keras(self)
 
     def forward(
         self, view_B1YX: Tensor, canvas_B1YX: Tensor, method: Method, *, seed: int, step: int
     ) -> Output:
         """Classify; ``seed`` and ``step`` name the noise of the draw."""
         num_images, _, *map_shape = view_B1YX.shape
-        logits_BM = self.attention(view_B1YX.float() / 255).flatten(1) / method.temperature
-        probability_BM = SampleSoftmax(smooth=SMOOTH)(logits_BM)
+        *convolutions, softmax = self.attention
+        logits_B1YX = nn.Sequential(*convolutions)(view_B1YX.float() / 255) / method.temperature
+        probability_BM = softmax(logits_B1YX).flatten(1)
         prior_BM = None
         if method.prior == "ink":
             # a cell whose patch may hold ink: the view is black where no glyph reaches

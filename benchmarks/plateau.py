@@ -3,10 +3,10 @@
     python benchmarks/plateau.py                  # every variant, two seeds, two processes side by side
     python benchmarks/plateau.py --only centred balanced --seeds 0 1 2
 
-The task is Megapixel MNIST on 600 x 600 with the noise density of the full setting (8 patches), 1,000
-training images, N = 8 patches of 32 px, networks of half the width, batch 32. A run has left the plateau
-when it gets half of 1,000 test images right (chance is a tenth) and is stopped then, or after --epochs.
-Results go to benchmarks/results/plateau.json.
+The task is Megapixel MNIST on 500 x 500 with 3 noise patches, 1,000 training images, N = 8 patches of 32 px,
+networks of half the width, batch 32: small enough for many runs, with a plateau of hundreds of steps. A run
+has left the plateau when it gets half of 1,000 test images right (chance is a tenth) and is stopped then, or
+after --epochs. Results go to benchmarks/results/plateau.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "plateau.json"
 LEFT = 0.5
 PLAIN = Run(
     setting="small",
-    data=DataConfig(side_px=600, scale=0.12, num_noise=8),
+    data=DataConfig(side_px=500, scale=0.12, num_noise=3),
     method=Method(num_patches=8, patch_px=32),
     feature_width=16,
     num_train=1000,
@@ -59,11 +59,8 @@ VARIANTS = {
     "biased_original": variant(scheme=BIASED_ORIGINAL),
     "balanced": variant(scheme="balanced"),
     "centred": variant(centred=True),
-    "balanced, centred": variant(scheme="balanced", centred=True),
     "temperature 1/4": variant(temperature=0.25),
     "temperature from 1/4 to 1": schedule("temperature", 0.25, 1.0, 20),
-    "temperature from 4 to 1": schedule("temperature", 4.0, 1.0, 20),
-    "entropy weight 1e-2": variant(entropy_weight=1e-2),
     "entropy weight from 1e-1 to 1e-4": schedule("entropy_weight", 1e-1, 1e-4, 20),
     "entropy weight from -1e-2 to 1e-4": schedule("entropy_weight", -1e-2, 1e-4, 20),
     "16 patches": variant(num_patches=16),
@@ -79,7 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the result goes (%(default)s)")
     arguments = parser.parse_args()

@@ -9,6 +9,8 @@ from megapixel_data import GLYPH_PX, NOISE_ORDERS, DataConfig, make_dataset, noi
 from megapixel_mnist import SETTINGS, Run, Schedule, evaluate, train_epoch
 from megapixel_model import MegapixelModel, Method, SparseMaxFeatures
 
+from ats_stream.models import MnistFeature
+
 SMALL = DataConfig(side_px=200, scale=0.12, num_noise=4)
 
 
@@ -92,6 +94,14 @@ def test_sparse_features_are_the_plain_ones_with_the_same_gradient():
         results.append([features.detach(), *(parameter.grad.clone() for parameter in network.parameters())])
     for sparse, plain in zip(*results, strict=True):
         assert torch.allclose(sparse, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_features_are_those_of_the_paper():
+    torch.manual_seed(0)
+    paper, ours = MnistFeature(), SparseMaxFeatures(MnistFeature.num_features)
+    ours.layers.load_state_dict(paper.state_dict())
+    patches = torch.randint(0, 256, (3, 1, 50, 50), dtype=torch.uint8)
+    assert torch.allclose(ours(patches), paper(patches / 255), atol=1e-5)
 
 
 def test_schedules_move_numbers_of_the_method():
