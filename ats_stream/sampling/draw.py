@@ -191,21 +191,18 @@ def _arrivals(race: Race, noise: Noise) -> tuple[Tensor, Tensor]:
 
 
 def _finish_balanced(logits_BM: Tensor, num_samples: int, noise: Noise, map_shape: tuple[int, ...]) -> Draw:
-    log_normaliser_B = logits_BM.double().logsumexp(dim=1)
-    log_q_BM = logits_BM.double() - log_normaliser_B[:, None]
-    index_BN, inclusion_BN, num_drawn_B = balanced_draw(log_q_BM, num_samples, noise, map_shape)
-    padding_BN = torch.arange(num_samples, device=index_BN.device) >= num_drawn_B[:, None]
-    log_q_BN = log_q_BM.gather(1, index_BN).masked_fill(padding_BN, _NEGATIVE_INFINITY)
-    unused_B = torch.zeros_like(log_normaliser_B)
+    drawn = balanced_draw(logits_BM, num_samples, noise, map_shape)
+    log_q_BN = drawn.logit - drawn.log_normaliser[:, None]
+    unused_B = torch.zeros_like(drawn.log_normaliser)
     return Draw(
-        index=index_BN,
+        index=drawn.index,
         log_prob=log_q_BN.float(),
-        weight=weights_from_logs(log_q_BN, unused_B, "balanced", inclusion_BN).float(),
-        num_drawn=num_drawn_B,
+        weight=weights_from_logs(log_q_BN, unused_B, "balanced", drawn.inclusion).float(),
+        num_drawn=(drawn.logit > _NEGATIVE_INFINITY).sum(dim=1),
         scheme="balanced",
-        log_normaliser=log_normaliser_B,
+        log_normaliser=drawn.log_normaliser,
         noise=noise,
-        inclusion=inclusion_BN,
+        inclusion=drawn.inclusion,
     )
 
 

@@ -24,6 +24,7 @@ from ats_stream.kernels.arithmetic import EXP_COEFFICIENTS, LN2_HIGH, LN2_LOW, L
 
 _EXPONENT_BIAS = 1023
 _MANTISSA_BITS = 52
+_LOWEST = -700.0
 
 
 def _twice_atanh(s: Tensor) -> Tensor:
@@ -74,6 +75,16 @@ def exp_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     high = four(8).add_(fourth * EXP_COEFFICIENTS[12])
     p = four(0).add_(four(4).mul_(fourth)).add_(high.mul_(fourth.mul_(fourth)))
     return p, k
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x of float64 values up to 700; below -700 nothing is left of it.
+
+    >>> exp(torch.tensor([0.0, float("-inf")], dtype=torch.float64)).tolist()
+    [1.0, 0.0]
+    """
+    p, k = exp_parts(x.clamp(min=_LOWEST))
+    return p.mul_(power_of_two(k)).masked_fill_(x < _LOWEST, 0.0)
 
 
 def power_of_two(k: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Order = Literal["race", "logit"]
 
-_BLOCK_VALUES = 1 << 20  # rows * positions handled at once
+_BLOCK_VALUES = 1 << 17  # rows * positions handled at once
 _SPARE_CANDIDATES = 8
 _BOUND_MARGIN = 1e-9  # covers the last places in which a library's log differs from ours
 
@@ -113,7 +113,7 @@ def run_race(
         ]
         return merge_races(races, num_kept)
     best: Race | None = None
-    for logits_BP, index in _blocks(logits_BM, global_index):
+    for logits_BP, index in blocks(logits_BM, global_index):
         race = _run_block(logits_BP.double(), index, num_kept, noise, order)
         best = race if best is None else merge_races([best, race], num_kept)
     assert best is not None
@@ -150,8 +150,8 @@ def exponentials(index: Tensor, noise: Noise, arrival: int | Tensor = 0) -> Tens
     return minus_log1m(unit_from_words(*high_and_low.unbind(dim=-1)))
 
 
-def _blocks(logits_BM: Tensor, global_index: Tensor | None) -> Iterator[tuple[Tensor, Tensor | int]]:
-    """Cut the map into blocks; with each comes its index tensor, or the first index of a run."""
+def blocks(logits_BM: Tensor, global_index: Tensor | None) -> Iterator[tuple[Tensor, Tensor | int]]:
+    """Cut the map into blocks, packed where mostly empty; with each its index, or the first one of a run."""
     num_rows, num_positions = logits_BM.shape
     block = max(_BLOCK_VALUES // num_rows // 4 * 4, 4096)
     for start in range(0, num_positions, block):

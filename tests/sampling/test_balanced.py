@@ -3,18 +3,35 @@
 import pytest
 import torch
 
+from ats_stream.kernels.sample_cpu import compiled_path
+from ats_stream.sampling import balanced as balanced_module
 from ats_stream.sampling import draw, estimator_weights, expectation
+from ats_stream.sampling import race as race_module
 from ats_stream.sampling.balanced import (
+    Inclusion,
     curve_places,
+    equidistant_points,
     hilbert_index,
-    inclusion_probabilities,
-    systematic_sample,
+    intervals_of,
 )
-from ats_stream.sampling.philox import Noise
+from ats_stream.sampling.philox import PURPOSE_OFFSET, Noise, unit_from_words
+from ats_stream.sampling.race import run_race
 
 
 def vector(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inclusion_units(logits_BM: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, int]:
+    index_BM = torch.arange(logits_BM.shape[1]).expand_as(logits_BM)
+    noise = Noise(seed=0, stream_ids=torch.arange(len(logits_BM)))
+    rule = Inclusion.of(run_race(logits_BM, num_samples, noise, order="logit"), num_samples)
+    return rule.units(logits_BM, index_BM, torch.arange(len(logits_BM))[:, None]), rule.bits
+
+
+def inclusion_probabilities(logits_BM: torch.Tensor, num_samples: int) -> torch.Tensor:
+    units_BM, bits = inclusion_units(logits_BM, num_samples)
+    return units_BM.double() * 2.0**-bits
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
@@ -28,16 +45,18 @@ def test_unbiased_over_the_offset(num_draws, spread, stale):
     a_M = (spread * logits_M).softmax(dim=0)
     q_M = (spread * vector(4, num_positions)).softmax(dim=0) if stale else a_M.detach()
 
-    pi_1M = inclusion_probabilities(q_M.log()[None], num_draws)
-    order_1M = torch.randperm(num_positions, generator=torch.Generator().manual_seed(5))[None]
-    ends = pi_1M[0, order_1M[0]].cumsum(0)
+    units_1M, bits = inclusion_units(q_M.log()[None], num_draws)
+    order_M = torch.randperm(num_positions, generator=torch.Generator().manual_seed(5))
+    length_1M = units_1M[:, order_M]
+    pi_1M = units_1M.double() * 2.0**-bits
+    ends = length_1M[0].double().cumsum(0) * 2.0**-bits
     cuts = torch.cat([torch.zeros(1), ends - ends.floor(), torch.ones(1)]).double().sort().values
     length_S, offset_S = cuts.diff(), (cuts[1:] + cuts[:-1]) / 2
     length_S, offset_S = length_S[length_S > 1e-13], offset_S[length_S > 1e-13]
 
     num_offsets = len(offset_S)
-    pi_SM, order_SM = pi_1M.expand(num_offsets, -1), order_1M.expand(num_offsets, -1)
-    index_SN = systematic_sample(pi_SM, order_SM, offset_S, num_draws)
+    pi_SM, length_SM = pi_1M.expand(num_offsets, -1), length_1M.expand(num_offsets, -1)
+    index_SN = order_M[intervals_of(length_SM, equidistant_points(offset_S, num_draws, bits))]
     weight_SN = estimator_weights(q_M[index_SN], "balanced", inclusion_BN=pi_SM.gather(1, index_SN))
     mean_F = length_S @ expectation(f_MF[index_SN], a_M[index_SN], weight_SN)
     exact_F = a_M @ f_MF
@@ -60,7 +79,8 @@ def test_inclusion_probabilities(num_draws, spread):
     assert torch.allclose(pi_BM.sum(dim=1), torch.full((4,), float(num_draws)).double(), atol=1e-9)
     assert bool((pi_BM <= 1).all())
     # proportional to q wherever not capped
-    scale_BM = (pi_BM.log() - log_q_BM).masked_fill(pi_BM == 1, float("nan"))
+    # what is below 1e-3 is rounded to 2^-53, which shows in a ratio
+    scale_BM = (pi_BM.log() - log_q_BM).masked_fill((pi_BM == 1) | (pi_BM < 1e-3), float("nan"))
     for scale_M in scale_BM:
         free_M = scale_M[~scale_M.isnan()]
         assert len(free_M) == 0 or float(free_M.max() - free_M.min()) < 1e-9
@@ -121,3 +141,42 @@ def test_samples_keep_their_distance():
         return float(distance_BNN.amin(dim=2).mean())
 
     assert mean_distance_to_the_nearest("balanced") > 1.2 * mean_distance_to_the_nearest("murthy")
+
+
+def plain_balanced(logits_BM, num_samples, map_shape):
+    """The definition: sort the whole map along the curve and lay all lengths end to end."""
+    num_rows, num_positions = logits_BM.shape
+    noise = Noise(seed=0, stream_ids=torch.arange(num_rows))
+    place_BM = curve_places(torch.arange(num_positions).expand(num_rows, -1), map_shape, noise)
+    order_BM = place_BM.argsort(dim=1)
+    units_BM, bits = inclusion_units(logits_BM, num_samples)
+    purposes = torch.tensor([PURPOSE_OFFSET, PURPOSE_OFFSET + 1])
+    high_B, low_B = noise.words(torch.zeros(2, dtype=torch.int64), purposes).unbind(dim=1)
+    point_BN = equidistant_points(unit_from_words(high_B, low_B), num_samples, bits)
+    return order_BM.gather(1, intervals_of(units_BM.gather(1, order_BM), point_BN))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("map_shape", "num_samples"), [((9000,), 7), ((90, 100), 64), ((3, 3000), 20), ((20, 15, 30), 5)]
+)
+def test_pieces_and_blocks_do_not_show(monkeypatch, map_shape, num_samples, block):
+    monkeypatch.setattr(race_module, "_BLOCK_VALUES", block)
+    for spread, share in ((1.0, 1.0), (6.0, 1.0), (1.0, 0.1), (0.0, 1.0)):
+        logits_BM = (spread * vector(9, 2, 9000)).double()
+        logits_BM[torch.rand(2, 9000, generator=torch.Generator().manual_seed(1)) >= share] = float("-inf")
+        for pieces in (1, 64):
+            monkeypatch.setattr(balanced_module, "_PIECES_PER_DRAW", pieces)
+            drawn = draw(logits_BM, num_samples, scheme="balanced", map_shape=map_shape)
+            assert torch.equal(drawn.index, plain_balanced(logits_BM, num_samples, map_shape))
+
+
+def test_compiled_code_and_torch_draw_alike():
+    logits_BM = vector(9, 3, 20_000).float()
+    logits_BM[1, 3:] = float("-inf")
+    draws = []
+    for is_compiled in (True, False):
+        with compiled_path(is_compiled):
+            draws.append(draw(logits_BM, 30, scheme="balanced", map_shape=(100, 200)))
+    for name in ("index", "log_prob", "weight", "num_drawn", "log_normaliser", "inclusion"):
+        assert torch.equal(getattr(draws[0], name), getattr(draws[1], name)), name
