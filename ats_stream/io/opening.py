@@ -55,8 +55,12 @@ def open_pyramid(
     path = Path(text)
     if not path.exists():
         raise SlideError(text, "no such file or folder")
+    if path.is_file():
+        from ats_stream.io.slide_pyramid import open_file
+
+        return open_file(path, cache_bytes=cache_bytes, num_threads=num_threads)
     if not path.is_dir():
-        raise SlideError(text, "not an OME-Zarr folder")
+        raise SlideError(text, "neither an OME-Zarr folder nor a file")
     try:
         return _open_folder(path, cache_bytes, num_threads)
     except ValueError as error:
@@ -200,7 +204,7 @@ def _level(index: int, image: ngff.Multiscale, sources: Sequence[ChunkSource], a
     factors = []
     for i, axis in enumerate(space, start=1):
         stated = dataset.scale[axis] / image.datasets[0].scale[axis]
-        factors.append(_downsample(sources[0].shape[i], source.shape[i], stated))
+        factors.append(axis_downsample(sources[0].shape[i], source.shape[i], stated))
     is_time = [image.axis_types[a] == "time" for a in space]
     lengths = ngff.pixel_size_um(image, dataset, [a for a, t in zip(space, is_time, strict=True) if not t])
     sizes = None
@@ -217,13 +221,13 @@ def _level(index: int, image: ngff.Multiscale, sources: Sequence[ChunkSource], a
     )
 
 
-def _downsample(full: int, size: int, stated: float) -> float:
+def axis_downsample(full: int, size: int, stated: float) -> float:
     """Factor between two lengths in pixels: the stated one if the lengths agree with it, else a whole one,
     else the ratio.
 
     The ratio alone is off by the last, cut off block: 2967 -> 1484 is a factor of 2, not of 1.9993.
 
-    >>> _downsample(2967, 1484, 2.0), _downsample(100, 25, 1.0), _downsample(10, 4, 1.0)
+    >>> axis_downsample(2967, 1484, 2.0), axis_downsample(100, 25, 1.0), axis_downsample(10, 4, 1.0)
     (2.0, 4.0, 2.5)
     """
     for factor in (stated, float(round(full / size))):

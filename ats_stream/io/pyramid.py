@@ -24,7 +24,7 @@ from ats_stream.io.reduce import shrink
 from ats_stream.io.sources import ChunkError, ChunkSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ats_stream.io.ngff import Channel
 
@@ -68,6 +68,8 @@ class PyramidInfo:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[tuple[str, str], ...] = ()
     """(name, place) of each label image."""
+    associated: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
+    """Reader of each associated image (C, y, x), such as ``macro``; to be pickled."""
 
 
 class Pyramid:
@@ -149,6 +151,17 @@ class Pyramid:
         if name not in places:
             raise InputError(f"{self.slide}: no label {name!r}, there are {sorted(places)}")
         return open_pyramid(places[name], cache_bytes=self._cache_bytes, num_threads=self._num_threads)
+
+    @property
+    def associated_names(self) -> tuple[str, ...]:
+        """Names of the pictures beside the image, such as ``label`` and ``macro`` of a slide."""
+        return tuple(self._info.associated)
+
+    def associated(self, name: str) -> Array:
+        """One associated image (C, y, x); InputError for an unknown name, SlideError for a broken one."""
+        if name not in self._info.associated:
+            raise InputError(f"{self.slide}: no associated image {name!r}, there are {self.associated_names}")
+        return self._info.associated[name]()
 
     def level_for(self, *, downsample: float | None = None, pixel_size_um: float | None = None) -> Level:
         """The level nearest, in ratio, to a downsampling factor or a pixel size in micrometres; give one."""

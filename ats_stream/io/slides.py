@@ -1,14 +1,11 @@
-"""Opening slide files and arrays as sources for conversion: full-resolution pixels by region, and facts.
+"""Slide files and arrays as sources for conversion: full-resolution pixels by region, and facts.
 
-Aperio SVS and other tiled TIFF are read tile by tile through tifffile, which is exact against OpenSlide and
-also knows WebP and 16 bit; formats whose tiles overlap or need stitching go through OpenSlide.
 Shape letters: C channels, Y rows, X columns.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -17,17 +14,15 @@ import numpy.typing as npt
 from ats_stream.errors import InputError, SlideError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
+    from ats_stream.io.parts import FileParts
+
 Array = npt.NDArray[Any]
-# rows that OpenSlide reads per call: its pictures have four bytes per pixel
-OPENSLIDE_ROWS = 512
-# pictures that Pillow opens are held in memory as a whole
-MAX_PICTURE_PX = 400 << 20
-# formats that OpenSlide knows and whose level 0 is plain tiles of a TIFF
-PLAIN_TIFF_VENDORS = frozenset({"aperio", "generic-tiff"})
+# decoded tiles kept while a slide is converted, and threads that decode them
+CACHE_BYTES = 64 << 20  # 64 MiB
+MAX_THREADS = 8
 
 
 class SlideSource(Protocol):
@@ -114,104 +109,36 @@ class ArraySlide(Closing):
         raise InputError(f"{self.path}: no associated image {name!r}")
 
 
-class OpenSlideSource(Closing):
-    """A slide through OpenSlide; RGB, transparent parts filled with the slide's background colour."""
+class FileSlide(Closing):
+    """A slide, picture or TIFF file as the source of a conversion, read through its pyramid."""
 
-    def __init__(self, path: Path, vendor: str) -> None:
-        import openslide
+    def __init__(self, parts: FileParts) -> None:
+        """SlideError when it is no image (channels, y, x)."""
+        from ats_stream.io.slide_pyramid import pyramid_of
 
-        self.path, self.name = str(path), path.stem
-        try:
-            self._slide = openslide.OpenSlide(str(path))
-            sizes = self._slide.level_dimensions
-            properties = dict(self._slide.properties)
-            self.associated_names = tuple(self._slide.associated_images)
-        except openslide.OpenSlideError as error:
-            raise SlideError(str(path), f"OpenSlide cannot open it: {error}") from error
-        self.level_shapes = tuple((3, h, w) for w, h in sizes)
+        top = parts.sources[0]
+        self.path, self.name, self.dtype = parts.path, parts.name, top.dtype
+        if parts.axes != ("c", "y", "x"):
+            found = f"axes {', '.join(parts.axes)} {top.shape} are not an image (c, y, x)"
+            raise SlideError(parts.path, found)
+        self.level_shapes = tuple((s.shape[0], s.shape[1], s.shape[2]) for s in parts.sources)
         self.shape = self.level_shapes[0]
-        self.dtype = np.dtype(np.uint8)
-        self.pixel_size_um = _sizes(properties.get("openslide.mpp-y"), properties.get("openslide.mpp-x"))
-        self.metadata = describe(vendor, properties.get("openslide.objective-power"))
-        self.source_bytes = path.stat().st_size
-        color = properties.get("openslide.background-color", "FFFFFF")
-        self._background = np.frombuffer(bytes.fromhex(color), np.uint8)
+        sizes = parts.pixel_size_um
+        self.pixel_size_um = (sizes[-2], sizes[-1]) if sizes is not None else None
+        self.metadata = dict(parts.metadata)
+        self.source_bytes = parts.stamp[0]
+        # tiles under the border of two regions are decoded once
+        threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._pyramid = pyramid_of(parts, cache_bytes=CACHE_BYTES, num_threads=threads)
+        self.associated_names = self._pyramid.associated_names
 
     def read_region(self, y0: int, x0: int, height: int, width: int) -> Array:
-        """Read in strips of rows, two at a time; OpenSlide is safe between threads."""
-        out = np.empty((3, height, width), np.uint8)
-
-        def read(row: int) -> None:
-            rows = min(OPENSLIDE_ROWS, height - row)
-            strip_CYX = self._read_strip(y0 + row, x0, rows, width)
-            out[:, row : row + rows] = strip_CYX
-
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(read, range(0, height, OPENSLIDE_ROWS)))
-        return out
-
-    def _read_strip(self, y0: int, x0: int, height: int, width: int) -> Array:
-        import openslide
-
-        try:
-            picture = self._slide.read_region((x0, y0), 0, (width, height))
-        except openslide.OpenSlideError as error:
-            reason = (
-                f"OpenSlide cannot read rows {y0} to {y0 + height}, columns {x0} to {x0 + width}: {error}"
-            )
-            raise SlideError(self.path, reason) from error
-        return opaque(np.asarray(picture), self._background).transpose(2, 0, 1)
+        """Decode the tiles under the region, several at once, and put them together."""
+        return self._pyramid.read(0, (0, y0, x0), (self.shape[0], y0 + height, x0 + width))
 
     def associated(self, name: str) -> Array:
         """Decode one associated image."""
-        import openslide
-
-        if name not in self.associated_names:
-            raise InputError(f"{self.path}: no associated image {name!r}, there are {self.associated_names}")
-        try:
-            picture = self._slide.associated_images[name]
-        except openslide.OpenSlideError as error:
-            raise SlideError(
-                self.path, f"OpenSlide cannot read associated image {name!r}: {error}"
-            ) from error
-        return opaque(np.asarray(picture), self._background).transpose(2, 0, 1)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._slide.close()
-
-
-def opaque(rgba_YXC: Array, background: Array) -> Array:
-    """RGB of a picture over a background colour; already opaque pixels are copied as they are.
-
-    >>> opaque(np.array([[[9, 9, 9, 255], [0, 0, 0, 0]]], np.uint8), np.full(3, 255, np.uint8)).tolist()
-    [[[9, 9, 9], [255, 255, 255]]]
-    """
-    rgb_YXC: Array = rgba_YXC[..., :3]
-    alpha_YX = rgba_YXC[..., 3]
-    if bool((alpha_YX == 255).all()):
-        return rgb_YXC
-    share = alpha_YX[..., None].astype(np.uint16)
-    mixed: Array = (rgb_YXC * share + background * (255 - share) + 127) // 255
-    return mixed.astype(np.uint8)
-
-
-def describe(vendor: str, objective_power: Any, **more: Any) -> dict[str, Any]:
-    """The metadata that are copied to a pyramid, and no others: vendor, objective power, compression."""
-    facts: dict[str, Any] = {"vendor": vendor, **more}
-    try:
-        facts["objective_power"] = float(objective_power)
-    except (TypeError, ValueError):
-        return facts
-    return facts
-
-
-def _sizes(y: Any, x: Any) -> tuple[float, float] | None:
-    try:
-        pair = (float(y), float(x))
-    except (TypeError, ValueError):
-        return None
-    return pair if all(0 < v < float("inf") for v in pair) else None
+        return self._pyramid.associated(name)
 
 
 def open_slide(path: str | os.PathLike[str]) -> SlideSource:
@@ -219,53 +146,9 @@ def open_slide(path: str | os.PathLike[str]) -> SlideSource:
 
     Raises SlideError, naming the file, when it does not exist, is no slide, or is cut short.
     """
-    import openslide
+    from ats_stream.io.slide_pyramid import file_parts
 
-    from ats_stream.io.tiff import TiffSlide
-    from ats_stream.io.tiff_pages import is_tiff
-
-    path = Path(path)
-    if not path.exists():
-        raise SlideError(str(path), "no such file")
-    if not path.is_file():
-        raise SlideError(str(path), "not a file")
-    try:
-        vendor = openslide.OpenSlide.detect_format(str(path))
-        if vendor is not None and vendor not in PLAIN_TIFF_VENDORS:
-            return OpenSlideSource(path, vendor)
-        if is_tiff(path):
-            return TiffSlide(path, vendor)
-        return _open_picture(path)
-    except OSError as error:
-        raise SlideError(str(path), f"cannot read it: {error.strerror or error}") from error
-
-
-def _open_picture(path: Path) -> ArraySlide:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PICTURE_PX:
-                raise SlideError(
-                    str(path), f"too large for a plain picture: {picture.width} x {picture.height}"
-                )
-            kind = "L" if picture.mode in {"1", "L", "I;16", "I", "F"} else "RGB"
-            pixels = np.asarray(picture if picture.mode == "I;16" else picture.convert(kind))
-            vendor = str(picture.format).lower()
-    except UnidentifiedImageError as error:
-        raise SlideError(str(path), "not a slide: neither OpenSlide, tifffile nor Pillow knows it") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, SlideError):
-            raise
-        raise SlideError(str(path), f"broken picture: {error}") from error
-    image_CYX = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return ArraySlide(
-        image_CYX,
-        name=path.stem,
-        metadata=describe(vendor, None),
-        path=str(path),
-        source_bytes=path.stat().st_size,
-    )
+    return FileSlide(file_parts(path))
 
 
 def associated_images(slide: SlideSource) -> Iterator[tuple[str, Array]]:

@@ -59,7 +59,7 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 def test_a_file_instead_of_a_folder(tmp_path):
     (tmp_path / "f").write_text("x")
-    refused(tmp_path / "f", "not an OME-Zarr folder")
+    refused(tmp_path / "f", "not a slide")
 
 
 def test_a_folder_without_metadata(slide):
