@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ats_stream.errors import InputError
+from ats_stream.sampling.checks import holds
 
 _NEGATIVE_INFINITY = float("-inf")
 
@@ -30,7 +31,7 @@ def attention_logits(output: Tensor, *, use_logits: bool) -> Tensor:
     output_BM = output.flatten(1).to(torch.promote_types(output.dtype, torch.float32))
     if use_logits:
         return output_BM
-    if not bool((output_BM >= 0).all()):
+    if not holds(output_BM >= 0):
         raise InputError(
             f"attention {tuple(output.shape)} holds negative or NaN values, not probabilities; "
             "a network that returns logits needs use_logits=True"
@@ -68,9 +69,9 @@ def log_attention(logits_BM: Tensor, log_prior_BM: Tensor | None = None) -> Tens
 
 def _check_rows(name: str, value_BM: Tensor) -> None:
     largest_B = value_BM.amax(dim=1)  # NaN wins over everything
-    bad_B = ~largest_B.isfinite()
-    if bool(bad_B.any()):
-        row = int(bad_B.nonzero()[0])
+    is_good_B = largest_B.isfinite()
+    if not holds(is_good_B):
+        row = int((~is_good_B).nonzero()[0])
         largest = float(largest_B[row])
         what = (
             "nothing to draw from, all are -inf" if largest == _NEGATIVE_INFINITY else f"the value {largest}"

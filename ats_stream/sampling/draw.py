@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ats_stream.errors import InputError
-from ats_stream.kernels.arithmetic import PADDING_INDEX
+from ats_stream.kernels.arithmetic import NUM_LEVELS, PADDING_INDEX
 from ats_stream.sampling.balanced import balanced_draw
 from ats_stream.sampling.logarithm import log
+from ats_stream.sampling.mass import Mass
 from ats_stream.sampling.philox import Noise
 from ats_stream.sampling.race import (
     Order,
@@ -96,19 +97,121 @@ def draw(
     tensor([[1]])
     """
     known = check_scheme("with_replacement" if replace else scheme)
-    _check_logits(logits_BM, num_samples)
-    num_rows, num_positions = logits_BM.shape
-    noise = Noise(seed=_check_seed(seed), stream_ids=_stream_ids(stream_ids, num_rows, logits_BM.device))
-    if global_index is not None:
-        global_index = _check_global_index(global_index, logits_BM)
+    _check_shape(logits_BM, num_samples)
+    streams_B = _stream_ids(stream_ids, len(logits_BM), logits_BM.device)
+    noise = Noise(seed=_check_seed(seed), stream_ids=streams_B)
+    shape: list[int] | None = None
     if known == "balanced":
         if global_index is not None:
             raise InputError("scheme 'balanced' draws from whole maps; global_index must be None")
-        shape = _check_map_shape(map_shape, num_positions)
-        return _finish_balanced(logits_BM.detach(), num_samples, noise, shape)
-    order: Order = "logit" if known == "top" else "race"
-    race = run_race(logits_BM.detach(), num_samples + 1, noise, order=order, global_index=global_index)
-    return _finish(race, num_samples, noise, known)
+        shape = _check_map_shape(map_shape, logits_BM.shape[1])
+    if torch.compiler.is_compiling():
+        # one opaque step of the graph
+        signed_seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+        tensors = _draw_op(logits_BM, num_samples, known, signed_seed, streams_B, global_index, shape)
+        return _draw_of(tensors, noise, known)
+    return _draw(logits_BM.detach(), num_samples, known, noise, global_index, shape)
+
+
+def _draw(
+    logits_BM: Tensor,
+    num_samples: int,
+    scheme: Scheme,
+    noise: Noise,
+    global_index: Tensor | None,
+    map_shape: list[int] | None,
+) -> Draw:
+    _check_values(logits_BM)
+    if scheme == "balanced":
+        assert map_shape is not None
+        return _finish_balanced(logits_BM, num_samples, noise, tuple(map_shape))
+    if global_index is not None:
+        global_index = _check_global_index(global_index, logits_BM)
+    order: Order = "logit" if scheme == "top" else "race"
+    race = run_race(logits_BM, num_samples + 1, noise, order=order, global_index=global_index)
+    return _finish(race, num_samples, noise, scheme)
+
+
+_Tensors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # index, log_prob, weight, num_drawn, log_normaliser, inclusion; key, index, logit, peak, levels of the race
+
+
+@torch.library.custom_op("ats_stream::draw", mutates_args=())
+def _draw_op(
+    logits_BM: Tensor,
+    num_samples: int,
+    scheme: str,
+    seed: int,
+    stream_ids: Tensor,
+    global_index: Tensor | None,
+    map_shape: list[int] | None,
+) -> _Tensors:
+    noise = Noise(seed=seed, stream_ids=stream_ids)
+    drawn = _draw(logits_BM, num_samples, check_scheme(scheme), noise, global_index, map_shape)
+    common = (drawn.index, drawn.log_prob, drawn.weight, drawn.num_drawn, drawn.log_normaliser)
+    if drawn.race is None:
+        assert drawn.inclusion is not None
+        return *common, drawn.inclusion, *_absent(logits_BM)
+    race = drawn.race
+    absent = torch.empty(0, dtype=torch.float64, device=logits_BM.device)
+    return *common, absent, race.key, race.index, race.logit, race.rest.peak, race.rest.levels
+
+
+@_draw_op.register_fake
+def _draw_op_fake(
+    logits_BM: Tensor,
+    num_samples: int,
+    scheme: str,
+    seed: int,  # noqa: ARG001  the operator's signature
+    stream_ids: Tensor,  # noqa: ARG001
+    global_index: Tensor | None,  # noqa: ARG001
+    map_shape: list[int] | None,  # noqa: ARG001
+) -> _Tensors:
+    num_rows = logits_BM.shape[0]
+    common = (
+        logits_BM.new_empty((num_rows, num_samples), dtype=torch.int64),
+        logits_BM.new_empty((num_rows, num_samples), dtype=torch.float32),
+        logits_BM.new_empty((num_rows, num_samples), dtype=torch.float32),
+        logits_BM.new_empty(num_rows, dtype=torch.int64),
+        logits_BM.new_empty(num_rows, dtype=torch.float64),
+    )
+    if scheme == "balanced":
+        inclusion_BN = logits_BM.new_empty((num_rows, num_samples), dtype=torch.float64)
+        return *common, inclusion_BN, *_absent(logits_BM)
+    return (
+        *common,
+        logits_BM.new_empty(0, dtype=torch.float64),
+        logits_BM.new_empty((num_rows, num_samples + 1), dtype=torch.float64),
+        logits_BM.new_empty((num_rows, num_samples + 1), dtype=torch.int64),
+        logits_BM.new_empty((num_rows, num_samples + 1), dtype=torch.float64),
+        logits_BM.new_empty(num_rows, dtype=torch.float64),
+        logits_BM.new_empty((num_rows, NUM_LEVELS), dtype=torch.int64),
+    )
+
+
+def _absent(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors in the place of a race."""
+    dtypes = (torch.float64, torch.int64, torch.float64, torch.float64, torch.int64)
+    key, index, logit, peak, levels = (like.new_empty(0, dtype=dtype) for dtype in dtypes)
+    return key, index, logit, peak, levels
+
+
+def _draw_of(tensors: _Tensors, noise: Noise, scheme: Scheme) -> Draw:
+    index, log_prob, weight, num_drawn, log_normaliser, inclusion = tensors[:6]
+    key, race_index, logit, peak, levels = tensors[6:]
+    race = Race(key=key, index=race_index, logit=logit, rest=Mass(peak=peak, levels=levels))
+    return Draw(
+        index=index,
+        log_prob=log_prob,
+        weight=weight,
+        num_drawn=num_drawn,
+        scheme=scheme,
+        log_normaliser=log_normaliser,
+        noise=noise,
+        race=None if scheme == "balanced" else race,
+        inclusion=inclusion if scheme == "balanced" else None,
+    )
 
 
 @torch.no_grad()
@@ -206,12 +309,16 @@ def _finish_balanced(logits_BM: Tensor, num_samples: int, noise: Noise, map_shap
     )
 
 
-def _check_logits(logits_BM: Tensor, num_samples: int) -> None:
+def _check_shape(logits_BM: Tensor, num_samples: int) -> None:
     shape = tuple(logits_BM.shape)
     if logits_BM.ndim != 2 or 0 in shape or not logits_BM.is_floating_point():
         raise InputError(f"logits must be floating point (B, M), got {logits_BM.dtype} {shape}")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise InputError(f"num_samples must be an integer of at least 1, got {num_samples!r}")
+
+
+def _check_values(logits_BM: Tensor) -> None:
+    shape = tuple(logits_BM.shape)
     largest_B = logits_BM.amax(dim=1)  # NaN wins over everything
     bad_B = ~(largest_B < float("inf"))
     if bool(bad_B.any()):
@@ -257,15 +364,15 @@ def _check_global_index(global_index: Tensor, logits_BM: Tensor) -> Tensor:
     return global_index.to(logits_BM.device)
 
 
-def _check_map_shape(map_shape: Sequence[int] | None, num_positions: int) -> tuple[int, ...]:
+def _check_map_shape(map_shape: Sequence[int] | None, num_positions: int) -> list[int]:
     if map_shape is None:
         raise InputError("scheme 'balanced' needs map_shape, the shape of the attention map")
-    shape = tuple(int(size) for size in map_shape)
+    shape = [int(size) for size in map_shape]
     product = 1
     for size in shape:
         product *= size
     if not 1 <= len(shape) <= 3 or product != num_positions or min(shape) < 1:
         raise InputError(
-            f"map_shape {shape} must have 1 to 3 axes and hold the {num_positions} logits of a row"
+            f"map_shape {tuple(shape)} must have 1 to 3 axes and hold the {num_positions} logits of a row"
         )
     return shape

@@ -12,6 +12,7 @@ Shapes: B rows, N draws, D axes of space.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ats_stream.errors import InputError
+from ats_stream.sampling.checks import holds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,8 +109,8 @@ def patch_offsets(
         raise InputError(f"map {maps}, image {images}, patch {sizes} and {geometry} do not fit together")
     if min(sizes) < 1 or min(images) < 1:
         raise InputError(f"patch {sizes} and image {images} must be at least 1 pixel wide")
-    num_positions = int(torch.tensor(maps).prod())
-    if index_BN.dtype != torch.int64 or not bool(((index_BN >= 0) & (index_BN < num_positions)).all()):
+    num_positions = math.prod(maps)
+    if index_BN.dtype != torch.int64 or not holds((index_BN >= 0) & (index_BN < num_positions)):
         raise InputError(
             f"positions must be int64 in [0, {num_positions}) for map {maps}, got {index_BN.dtype}"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ats_stream.errors import InputError
+from ats_stream.sampling.checks import holds
 
 Scheme = Literal["with_replacement", "des_raj", "murthy", "balanced", "top"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -192,11 +193,11 @@ def _check_probabilities(
     shape = tuple(probability_BN.shape)
     if probability_BN.ndim != 2 or 0 in shape or not probability_BN.is_floating_point():
         raise InputError(f"probabilities must be floating point (B, N), got {probability_BN.dtype} {shape}")
-    if not bool(((probability_BN >= 0) & (probability_BN <= 1 + 1e-6)).all()):
+    if not holds((probability_BN >= 0) & (probability_BN <= 1 + 1e-6)):
         raise InputError(f"probabilities {shape} must lie in [0, 1]")
-    if scheme != "with_replacement" and bool((probability_BN.double().sum(dim=1) > 1 + 1e-4).any()):
+    if scheme != "with_replacement" and not holds(probability_BN.double().sum(dim=1) <= 1 + 1e-4):
         raise InputError(f"probabilities {shape} of positions drawn without replacement sum to more than 1")
-    if rest_B is not None and (rest_B.shape != shape[:1] or not bool((rest_B >= 0).all())):
+    if rest_B is not None and (rest_B.shape != shape[:1] or not holds(rest_B >= 0)):
         raise InputError(f"rest must be ({shape[0]},) and not negative, got {tuple(rest_B.shape)}")
     if scheme != "balanced":
         return

@@ -1,8 +1,8 @@
 import torch
 
+from ats_stream.kernels.arithmetic import PADDING_INDEX
 from ats_stream.sampling import race as race_module
 from ats_stream.sampling.logarithm import log
-from ats_stream.kernels.arithmetic import PADDING_INDEX
 from ats_stream.sampling.philox import Noise
 from ats_stream.sampling.race import exponentials, run_race
 
