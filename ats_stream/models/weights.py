@@ -20,6 +20,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PARALLEL = "module."
 _COUNTER = "num_batches_tracked"
 _NUM_NAMED = 5
+_FOLDER = 0x10  # the attribute of DOS
 
 
 def load_weights(
@@ -106,9 +107,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_bytes(path: Path) -> None:
-    """Raise ValueError if a checksum does not hold: torch writes them and never looks at them."""
+    """Raise ValueError if a checksum does not hold: torch writes them and never looks at them.
+
+    What is marked as a folder torch would not read at all, and return whatever was in memory.
+    """
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
+        folders = [one.filename for one in archive.infolist() if one.external_attr & _FOLDER or one.is_dir()]
+    if folders:
+        raise ValueError(f"{folders[0]} is marked as a folder")
     if broken is not None:
         raise ValueError(f"the checksum of {broken} does not hold")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class Code:
 
 
 @pytest.mark.parametrize(
-    "content", ["text", "damaged", "code", "list", "number", "empty", "absent", "folder"]
+    "content", ["text", "damaged", "marked", "code", "list", "number", "empty", "absent", "folder"]
 )
 def test_what_is_no_checkpoint_is_refused(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
@@ -114,6 +115,11 @@ def test_what_is_no_checkpoint_is_refused(
         whole = bytearray(path.read_bytes())
         whole[whole.index(network().state_dict()["2.weight"].numpy().tobytes())] ^= 1
         path.write_bytes(whole)
+    elif content == "marked":  # as a folder, which torch would not read
+        torch.save(network().state_dict(), path)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.infolist()[1].external_attr = 0x10
+            archive._didModify = True
     elif content == "folder":
         path.mkdir()
     elif content != "absent":
