@@ -134,7 +134,7 @@ def _draw(
 
 _Tensors = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]  # index, log_prob, weight, num_drawn, log_normaliser, inclusion; key, index, logit, peak, levels of the race
+]  # index, log_prob, weight, num_drawn, log_normaliser, inclusion; key, index, logit, peak, levels of a race
 
 
 @torch.library.custom_op("ats_stream::draw", mutates_args=())
@@ -219,8 +219,8 @@ def merge_draws(draws: Sequence[Draw], num_samples: int) -> Draw:
     """Merge draws from the disjoint tiles of a map into the draw from the whole map.
 
     Each tile is drawn with its ``global_index``, the same scheme, seed and stream ids, and at least
-    ``num_samples`` samples. Positions, order and keys are those of the whole map, bit for bit; ``log_prob``
-    and ``weight`` up to rounding. Tiles may have no drawable position where others have some; give such a
+    ``num_samples`` samples. Every field is that of the whole map, bit for bit, whatever the tiles. Tiles may
+    have no drawable position where others have some; give such a
     tile no draw. Raises InputError if the draws do not fit together.
     """
     if not draws:

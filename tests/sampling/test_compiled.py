@@ -4,6 +4,7 @@ Not compared: draws of "balanced", which know no compiled path.
 """
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -204,4 +205,24 @@ sys.modules["numba"] = None  # any import of it fails from here on
 print(draw(torch.zeros(1, 100_000), 5).index.tolist())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(draw(torch.zeros(1, 100_000), 5).index.tolist())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    program = """
+import torch
+from ats_stream.kernels.sample_cpu import is_compiled
+from ats_stream.sampling import draw
+assert is_compiled(torch.zeros(1, 100_000))
+print(draw(torch.zeros(1, 100_000), 5).index.tolist())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(blocked / "folder")},
+    )
     assert result.stdout.strip() == str(draw(torch.zeros(1, 100_000), 5).index.tolist())
