@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -22,8 +22,14 @@ _DECODERS: dict[str, Any] = {
     "zstd": imagecodecs.zstd_decode,
     "gzip": imagecodecs.gzip_decode,
     "blosc": imagecodecs.blosc_decode,
+    # zarr v2 alone; its lz4 begins with the size, which is not believed
+    "zlib": imagecodecs.zlib_decode,
+    "lz4": partial(imagecodecs.lz4_decode, header=True),
 }
-BYTE_CODECS = frozenset({*_DECODERS, "crc32c"})
+# names in zarr v3; those of numcodecs mean the formats of zarr v2
+BYTE_CODECS = {name: name for name in ("zstd", "gzip", "blosc", "crc32c")} | {
+    f"numcodecs.{name}": name for name in _DECODERS
+}
 
 
 def encode_chunk(chunk: npt.NDArray[Any], codec: str, level: int) -> bytes:
@@ -105,7 +111,7 @@ def parse_codecs(
             has_bytes = True
             stored = dtype.newbyteorder(">" if config.get("endian") == "big" else "<")
         elif name in BYTE_CODECS and has_bytes:
-            steps.append(name)
+            steps.append(BYTE_CODECS[name])
         else:
             return None
     if not has_bytes:

@@ -110,7 +110,7 @@ def parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
 def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
     if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
         raise ValueError("not a zarr v3 array")
-    shape = _whole_numbers(meta["shape"])
+    shape = whole_numbers(meta["shape"])
     codecs = list(meta["codecs"])
     if (
         meta["data_type"] not in DTYPES
@@ -119,11 +119,11 @@ def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
     ):
         return None
     dtype = np.dtype(meta["data_type"])
-    shard_shape = _whole_numbers(meta["chunk_grid"]["configuration"]["chunk_shape"])
+    shard_shape = whole_numbers(meta["chunk_grid"]["configuration"]["chunk_shape"])
     chunk_shape, has_crc, at_end, is_sharded = shard_shape, True, True, False
     if [c["name"] for c in codecs] == ["sharding_indexed"]:
         config = codecs[0]["configuration"]
-        chunk_shape = _whole_numbers(config["chunk_shape"])
+        chunk_shape = whole_numbers(config["chunk_shape"])
         index_names, location = (
             [c["name"] for c in config["index_codecs"]],
             config.get("index_location", "end"),
@@ -156,15 +156,15 @@ def _parse_array_json(meta: Mapping[str, Any]) -> ArrayLayout | None:
         is_sharded=is_sharded,
         index_has_crc=has_crc,
         index_at_end=at_end,
-        fill_value=_fill_value(meta.get("fill_value", 0), dtype),
+        fill_value=fill_value(meta.get("fill_value", 0), dtype),
         decoder=decoder,
         key_prefix="c" + separator if is_default else "",
         key_separator=separator,
     )
 
 
-def _fill_value(value: Any, dtype: np.dtype[Any]) -> Any:
-    """Floats may come as 'NaN', 'Infinity', '-Infinity' or the hexadecimal bits."""
+def fill_value(value: Any, dtype: np.dtype[Any]) -> Any:
+    """A fill value of JSON as a number; floats may be 'NaN', 'Infinity', '-Infinity' or hexadecimal bits."""
     if isinstance(value, str):
         if value.startswith("0x"):
             return np.array(int(value, 16), dtype=f"u{dtype.itemsize}").view(dtype)[()]
@@ -180,7 +180,8 @@ def _fill_value(value: Any, dtype: np.dtype[Any]) -> Any:
         return np.asarray(value).astype(dtype)[()]
 
 
-def _whole_numbers(values: Any) -> tuple[int, ...]:
+def whole_numbers(values: Any) -> tuple[int, ...]:
+    """A list of JSON as a tuple; ValueError unless all are integers."""
     if not isinstance(values, list) or not all(type(n) is int for n in values):
         raise ValueError(f"expected a list of whole numbers, got {values!r}")
     return tuple(values)

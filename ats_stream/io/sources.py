@@ -1,34 +1,35 @@
-"""Where the chunks of one level come from: local zarr v3 files, any array that zarr-python opens, or memory.
+"""Where the chunks of one level come from: a zarr array in a store, any array that zarr-python opens, or
+memory.
 
 Every source shows its level as (C, *space), whatever axes the stored array has.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.layout import check_bounds
+from ats_stream.io.retry import with_retries
 from ats_stream.io.shard import ABSENT, check_index, index_nbytes, parse_index
+from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError
+from ats_stream.io.stores import OPEN_FLAGS as OPEN_FLAGS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from threading import Event
 
     from ats_stream.io.layout import ArrayLayout
+    from ats_stream.io.stores import Blob, Store
 
 Array = npt.NDArray[Any]
 Place = tuple[int, ...]
-# without O_NONBLOCK, opening a pipe would wait for its writer
-OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+Value = TypeVar("Value")
 INDEX_CACHE_BYTES = 16 << 20  # 16 MiB: a thousand shards of 32 x 32 chunks
 
 
@@ -102,74 +103,149 @@ class AxisMap:
         return [1 if a is None else next(sizes) for a in self.keep]
 
 
-class LocalSource:
-    """Chunks of a zarr v3 array in local files, sharded or not, with codecs known here."""
+@dataclass(frozen=True, slots=True)
+class StoredRange:
+    """Where a chunk lies inside its shard; ``nbytes`` is None when the whole key is the chunk."""
 
-    def __init__(self, folder: Path, layout: ArrayLayout, axes: AxisMap) -> None:
-        self.folder, self.layout, self.axes = folder, layout, axes
+    place: Place
+    start: int
+    nbytes: int | None
+
+
+class StoreSource:
+    """Chunks of a zarr array in a store, sharded or not, with codecs known here.
+
+    Local stores are read by :meth:`fetch`, key by key. Of remote ones the fetcher asks first where the chunks
+    lie (:meth:`locate`), then for ranges (:meth:`read`), many at once.
+    """
+
+    def __init__(self, store: Store, prefix: str, layout: ArrayLayout, axes: AxisMap) -> None:
+        self.store, self.prefix, self.layout, self.axes = store, prefix, layout, axes
         self.shape, self.dtype = axes.view(layout.shape), layout.dtype
         self.chunk_shape, self.shard_shape = axes.view(layout.chunk_shape), axes.view(layout.shard_shape)
         self.fill_value = layout.fill_value
         self._indices = _IndexCache()
 
-    def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
-        """Read the byte ranges of the chunks; a missing file means that all its chunks are absent."""
-        key = self.layout.key(self.axes.stored(shard))
-        try:
-            fd = os.open(self.folder / key, OPEN_FLAGS)
-        except FileNotFoundError:
-            yield from (RawChunk(place, None, 0) for place in places)
-            return
-        except OSError as error:
-            raise ChunkError(f"cannot open {key}: {error.strerror}") from error
-        try:
-            yield from self._fetch_open(fd, key, places)
-        except OSError as error:
-            raise ChunkError(f"cannot read {key}: {error.strerror}") from error
-        finally:
-            os.close(fd)
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two sources that read the same array."""
+        return (self.store.identity, self.prefix)
 
-    def _fetch_open(self, fd: int, key: str, places: Sequence[Place]) -> Iterator[RawChunk]:
-        info = os.fstat(fd)
-        if stat.S_ISFIFO(info.st_mode):
-            raise ChunkError(f"cannot read {key}: not a file")
+    def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
+        """Read the byte ranges of the chunks; a missing key means that all its chunks are absent."""
+        name = self.layout.key(self.axes.stored(shard))
+        try:
+            blob = self.store.open(self.prefix + name)
+            if blob is None:
+                yield from (RawChunk(place, None, 0) for place in places)
+                return
+            with blob:
+                yield from self._fetch_open(blob, name, places)
+        except StoreError as error:
+            raise ChunkError(self._short(error)) from error
+
+    def _fetch_open(self, blob: Blob, name: str, places: Sequence[Place]) -> Iterator[RawChunk]:
         if not self.layout.is_sharded:
-            self._check_size(f"chunk {places[0]}", info.st_size)
-            yield RawChunk(places[0], os.pread(fd, info.st_size, 0), info.st_size)
+            data = blob.whole(self.layout.decoder.max_stored_bytes)
+            yield RawChunk(places[0], data, len(data))
             return
-        index = self._indices.get(key, (info.st_size, info.st_mtime_ns))
+        index = self._indices.get(name, blob.stamp)
         if index is None:
-            index = self._read_index(fd, key, info.st_size)
-            self._indices.put(key, (info.st_size, info.st_mtime_ns), index)
-        grid = self.layout.grid
+            index = self._read_index(blob, name)
+            self._indices.put(name, blob.stamp, index)
         for place in places:
-            inner = tuple(p % g for p, g in zip(self.axes.stored(place), grid, strict=True))
-            offset, nbytes = (int(v) for v in index[inner])
-            if offset == ABSENT:
+            found = self._locate(index, place)
+            if found is None:
                 yield RawChunk(place, None, 0)
                 continue
-            self._check_size(f"chunk {place}", nbytes)
-            data = os.pread(fd, nbytes, offset)
+            start, nbytes = found
+            data = blob.read(start, nbytes)
             if len(data) != nbytes:
-                raise ChunkError(f"shard {key} is truncated: chunk {inner} has {len(data)} of {nbytes} bytes")
+                raise ChunkError(
+                    f"shard {name} is truncated: chunk {place} has {len(data)} of {nbytes} bytes"
+                )
             yield RawChunk(place, data, nbytes)
 
-    def _check_size(self, what: str, nbytes: int) -> None:
+    def locate(self, shard: Place, places: Sequence[Place], stop: Event) -> list[StoredRange] | None:
+        """Where the chunks lie that are there; None when the whole shard is absent."""
+        if not self.layout.is_sharded:
+            return [StoredRange(place, 0, None) for place in places]
+        name = self.layout.key(self.axes.stored(shard))
+        index = self._indices.get(name, None)
+        if index is None:
+            try:
+                index = self._try(lambda blob: self._read_index(blob, name), name, stop)
+            except MissingKeyError:
+                index = None
+            if index is None:
+                return None
+            self._indices.put(name, None, index)
+        ranges = [(place, self._locate(index, place)) for place in places]
+        return [StoredRange(place, *found) for place, found in ranges if found is not None]
+
+    def read(self, shard: Place, start: int, nbytes: int | None, stop: Event) -> bytes | None:
+        """Bytes of a shard, or all of the key when ``nbytes`` is None; None when the key is absent."""
+        name = self.layout.key(self.axes.stored(shard))
+
+        def read(blob: Blob) -> bytes:
+            if nbytes is None:
+                return blob.whole(self.layout.decoder.max_stored_bytes)
+            data = blob.read(start, nbytes)
+            if len(data) != nbytes:
+                raise TransientError(f"{name} is truncated: {len(data)} of {nbytes} bytes from {start}")
+            return data
+
+        try:
+            return self._try(read, name, stop)
+        except MissingKeyError as error:
+            if nbytes is not None:
+                raise ChunkError(f"{name} disappeared after its index was read") from error
+            return None
+
+    def _try(self, action: Callable[[Blob], Value], name: str, stop: Event) -> Value | None:
+        """What the action makes of an open key, tried again if need be; None when the key is absent."""
+
+        def once() -> Value | None:
+            blob = self.store.open(self.prefix + name)
+            if blob is None:
+                return None
+            with blob:
+                return action(blob)
+
+        try:
+            return with_retries(once, self.store.policy, stop)
+        except MissingKeyError:
+            raise
+        except StoreError as error:
+            raise ChunkError(self._short(error)) from error
+
+    def _short(self, error: StoreError) -> str:
+        """Keys inside of the level alone: the error that users see names slide and level."""
+        return str(error).replace(self.prefix, "", 1) if self.prefix else str(error)
+
+    def _locate(self, index: npt.NDArray[np.uint64], place: Place) -> tuple[int, int] | None:
+        inner = tuple(p % g for p, g in zip(self.axes.stored(place), self.layout.grid, strict=True))
+        start, nbytes = index[inner].tolist()
+        if start == ABSENT:
+            return None
         limit = self.layout.decoder.max_stored_bytes
         if nbytes > limit:
-            raise ChunkError(f"{what} is damaged: {nbytes} bytes, no codec needs more than {limit}")
+            raise ChunkError(f"chunk {place} is damaged: {nbytes} bytes, no codec needs more than {limit}")
+        return start, nbytes
 
-    def _read_index(self, fd: int, key: str, size: int) -> npt.NDArray[np.uint64]:
+    def _read_index(self, blob: Blob, name: str) -> npt.NDArray[np.uint64]:
         layout = self.layout
         wanted = index_nbytes(layout.grid, has_crc=layout.index_has_crc)
         try:
+            tail, size = blob.tail(wanted)
             if wanted > size:
                 raise ValueError(f"truncated shard: {size} bytes, its index alone has {wanted}")
-            tail = os.pread(fd, wanted, max(0, size - wanted) if layout.index_at_end else 0)
+            if not layout.index_at_end:
+                tail = blob.read(0, wanted)
             index = parse_index(tail, layout.grid, has_crc=layout.index_has_crc)
             check_index(index, size - wanted if layout.index_at_end else size)
         except ValueError as error:
-            raise ChunkError(f"shard {key}: {error}") from error
+            raise ChunkError(f"shard {name}: {error}") from error
         return index
 
     def decode(self, raw: RawChunk) -> Array:
@@ -181,14 +257,14 @@ class LocalSource:
 
 
 class _IndexCache:
-    """Shard indices by key, least recently used dropped; an entry holds for one size and time of its file."""
+    """Shard indices by key, least recently used dropped; an entry holds for one stamp of its key."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, tuple[tuple[int, int], npt.NDArray[np.uint64]]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[Hashable, npt.NDArray[np.uint64]]] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: str, stamp: tuple[int, int]) -> npt.NDArray[np.uint64] | None:
+    def get(self, key: str, stamp: Hashable) -> npt.NDArray[np.uint64] | None:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or entry[0] != stamp:
@@ -196,7 +272,7 @@ class _IndexCache:
             self._entries.move_to_end(key)
             return entry[1]
 
-    def put(self, key: str, stamp: tuple[int, int], index: npt.NDArray[np.uint64]) -> None:
+    def put(self, key: str, stamp: Hashable, index: npt.NDArray[np.uint64]) -> None:
         with self._lock:
             old = self._entries.pop(key, None)
             self._entries[key] = (stamp, index)
@@ -206,86 +282,6 @@ class _IndexCache:
 
     def __reduce__(self) -> tuple[type[_IndexCache], tuple[()]]:
         return (_IndexCache, ())
-
-
-@dataclass
-class ZarrSource:
-    """Chunks of any local array that zarr-python opens (zarr v2, other codecs)."""
-
-    folder: Path
-    axes: AxisMap
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunk_shape: tuple[int, ...]
-    shard_shape: tuple[int, ...]
-    fill_value: Any
-    _array: Any = field(default=None, repr=False)
-
-    @classmethod
-    def open(cls, folder: Path, axes: AxisMap) -> ZarrSource:
-        """Open the array; ValueError when zarr-python cannot."""
-        array = _open_zarr(folder)
-        dtype = np.dtype(array.dtype).newbyteorder("=")
-        if (
-            array.ndim != axes.ndim
-            or min((*array.shape, *array.chunks), default=0) < 1
-            or dtype.kind not in "buif"
-        ):
-            raise ValueError(f"array is {dtype} {array.shape}, expected numbers along {axes.ndim} axes")
-        check_bounds(array.shape, array.chunks, array.chunks, dtype)
-        # reading through zarr-python works per request, so a shard is the chunk
-        chunk = axes.view(array.chunks)
-        fill = np.asarray(array.fill_value or 0).astype(dtype)[()]
-        return cls(folder, axes, axes.view(array.shape), dtype, chunk, chunk, fill, array)
-
-    def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
-        """Hand over the place alone: zarr-python reads and decodes in one go."""
-        for place in places:
-            yield RawChunk(place, place, self._stored_bytes(place))
-
-    def decode(self, raw: RawChunk) -> Array:
-        """Read the chunk through zarr-python, cut off at the edge (no piece reaches further)."""
-        array = self._opened()
-        starts = [p * c for p, c in zip(raw.place, self.chunk_shape, strict=True)]
-        ends = [min(a + c, n) for a, c, n in zip(starts, self.chunk_shape, self.shape, strict=True)]
-        box = zip(self.axes.stored(starts), self.axes.stored(ends), strict=True)
-        try:
-            stored = array[tuple(slice(a, max(b, a + 1)) for a, b in box)]
-        except Exception as error:  # codecs raise what they like
-            raise ChunkError(f"chunk {raw.place} cannot be read: {type(error).__name__}: {error}") from error
-        return self.axes.array(np.asarray(stored, dtype=self.dtype))
-
-    def _opened(self) -> Any:
-        if self._array is None:
-            try:
-                self._array = _open_zarr(self.folder)
-            except ValueError as error:
-                raise ChunkError(str(error)) from error
-        return self._array
-
-    def _stored_bytes(self, place: Place) -> int:
-        array = self._opened()
-        if getattr(array, "shards", None) is not None:
-            return 0  # the size of a chunk inside a foreign shard is not known without its index
-        try:
-            key = str(array.metadata.encode_chunk_key(self.axes.stored(place)))
-            return (self.folder / key).stat().st_size
-        except OSError:
-            return 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}
-
-
-def _open_zarr(folder: Path) -> Any:
-    import zarr
-
-    try:
-        array = zarr.open_array(str(folder), mode="r")
-        _ = array.chunks, array.fill_value  # irregular chunks have no size
-        return array
-    except Exception as error:  # zarr-python and its codecs raise many kinds
-        raise ValueError(f"zarr-python cannot open it: {type(error).__name__}: {error}") from error
 
 
 class ArraySource:

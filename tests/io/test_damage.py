@@ -90,9 +90,33 @@ def test_a_missing_level(slide):
     refused(slide, "level '1' is missing")
 
 
-def test_a_url_is_refused_in_words(tmp_path):
-    with pytest.raises(SlideError, match="only local paths"):
-        open_pyramid("s3://bucket/slide.zarr")
+@pytest.mark.parametrize(
+    ("url", "options", "says"),
+    [
+        ("ftp://host/slide.zarr", {}, "ftp://host/slide.zarr: expected a URL of s3://"),
+        ("s3:///slide.zarr", {}, "expected a URL of s3://"),
+        ("https://me:word@host/a.zarr?sig=word", {}, "https://host/a.zarr: a URL with '[?]' or '#' cannot"),
+        ("s3://bucket/a.zarr", {"secret_key": "word"}, "'secret_key' is not valid"),
+        (
+            "s3://bucket/a.zarr",
+            {"timeout_s": "word"},
+            "timeout_s must be a number of at least 0.001, got str",
+        ),
+        ("s3://bucket/a.zarr", {"max_retries": -1}, "max_retries must be a number of at least 0"),
+        ("http://host/a.zarr", {"region": "word"}, "options .'region'. are not for http"),
+        ("az://container/a.zarr", {}, "Account must be specified"),
+    ],
+)
+def test_urls_and_options_that_cannot_be_used(url, options, says):
+    with pytest.raises(SlideError, match=says) as caught:
+        open_pyramid(url, storage_options=options)
+    assert "\n" not in str(caught.value)
+    assert "word" not in str(caught.value)
+
+
+def test_options_for_a_path_are_refused(slide):
+    with pytest.raises(SlideError, match="storage options are for URLs"):
+        open_pyramid(slide, storage_options={"region": "x"})
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import warnings
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -11,7 +14,8 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Transpos
 
 from ats_stream.errors import SlideError
 from ats_stream.io import ngff, open_pyramid
-from ats_stream.io.sources import LocalSource, ZarrSource
+from ats_stream.io.sources import StoreSource
+from ats_stream.io.zarr_source import ZarrSource
 
 STORES = [
     "galaxy-v05/cyx_uint8.zarr",
@@ -22,9 +26,12 @@ STORES = [
     "ngio/v04/images/test_image_c1yx.zarr",
     "ngio/v04/images/test_image_cyx.zarr",
     "ngio/v04/images/test_image_czyx.zarr",
+    "ngio/v04/images/test_image_tcyx.zarr",
     "ngio/v04/images/test_image_tczyx.zarr",
     "ngio/v04/images/test_image_tyx.zarr",
+    "ngio/v04/images/test_image_tzyx.zarr",
     "ngio/v04/images/test_image_yx.zarr",
+    "ngio/v04/images/test_image_zyx.zarr",
     "ome-zarr-examples/valid/image-02.zarr",
     "ome-zarr-examples/valid/image-04.zarr",
     "ome-zarr-py-create/astronaut_v04.ome.zarr",
@@ -49,7 +56,10 @@ def canonical(group, path):
 
 
 def compare(path, group):
-    pyramid = open_pyramid(path)
+    return compare_opened(open_pyramid(path), group)
+
+
+def compare_opened(pyramid, group):
     multiscale = group.attrs.get("ome", group.attrs)["multiscales"][0]
     rng = np.random.default_rng(0)
     for level, dataset in zip(pyramid.levels, multiscale["datasets"], strict=True):
@@ -67,16 +77,28 @@ def compare(path, group):
     return pyramid
 
 
+@pytest.fixture(params=["folder", "zip"])
+def packed(request, tmp_path):
+    """What makes of a folder the thing that is opened."""
+
+    def make(folder):
+        if request.param == "folder":
+            return folder
+        return shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+
+    return make
+
+
 @pytest.mark.parametrize("name", STORES)
-def test_stores_of_other_tools(test_data, name):
+def test_stores_of_other_tools(test_data, name, packed):
     path = test_data / "ngff" / name
-    compare(path, zarr.open_group(str(path), mode="r"))
+    compare(packed(path), zarr.open_group(str(path), mode="r"))
 
 
 @pytest.mark.parametrize("name", ["x_12bit_plant.zarr", "astronaut.zarr"])
-def test_bioformats2raw_layout(test_data, name):
+def test_bioformats2raw_layout(test_data, name, packed):
     path = test_data / "ngff" / "bioformats2raw-v04" / name
-    compare(path, zarr.open_group(str(path / "0"), mode="r"))
+    compare(packed(path), zarr.open_group(str(path / "0"), mode="r"))
 
 
 @pytest.mark.parametrize(("name", "label"), [("coins_v05", "coins"), ("astronaut_v04", "circles")])
@@ -122,6 +144,20 @@ CUTS = {
     "dots": {"chunk_key_encoding": {"name": "default", "separator": "."}},
     "float fill": {"fill_value": 3},
 }
+V2_CUTS = {
+    "blosc": {"compressors": numcodecs.Blosc(cname="zstd", shuffle=2)},
+    "lz4": {"compressors": numcodecs.LZ4()},
+    "zlib": {"compressors": numcodecs.Zlib()},
+    "gzip": {"compressors": numcodecs.GZip()},
+    "zstd": {"compressors": numcodecs.Zstd()},
+    "raw": {"compressors": None},
+    "fortran": {"order": "F"},
+    "big": {"dtype": ">u2"},
+    "big fortran": {"dtype": ">u2", "order": "F", "compressors": None},
+    "slashes": {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
+    "no fill": {"fill_value": None},
+    "fill": {"fill_value": 3},
+}
 
 
 @pytest.mark.parametrize("shards", [None, (2, 48, 32)], ids=["files", "shards"])
@@ -132,7 +168,22 @@ def test_core_codecs_are_read_directly(tmp_path, picture, cut, shards):
     # one channel per chunk, so that chunks are cut along that axis too
     group = make_store(tmp_path / "a", image, chunks=(1, 16, 16), shards=shards, **CUTS[cut])
     pyramid = compare(tmp_path / "a", group)
-    assert isinstance(pyramid._sources[0], LocalSource)
+    assert isinstance(pyramid._sources[0], StoreSource)
+
+
+@pytest.mark.parametrize("cut", V2_CUTS)
+def test_zarr_v2_is_read_directly(tmp_path, picture, cut):
+    image = picture((2, 50, 70), "uint16")
+    image[:, 16:32, 16:48] = V2_CUTS[cut].get("fill_value") or 0
+    group = zarr.create_group(str(tmp_path / "a"), zarr_format=2)
+    options = {"dtype": "uint16", "fill_value": 0, **V2_CUTS[cut]}
+    array = group.create_array("0", shape=image.shape, chunks=(1, 16, 16), **options)
+    array[:] = image
+    attributes = ngff.build_image(name="s", axes="cyx", paths=["0"], downsamples=[(1, 1)], pixel_size_um=None)
+    group.attrs.update({"multiscales": [{**attributes["ome"]["multiscales"][0], "version": "0.4"}]})
+    pyramid = compare(tmp_path / "a", group)
+    assert isinstance(pyramid._sources[0], StoreSource)
+    np.testing.assert_array_equal(pyramid.read(0), image)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "uint32", "float16", "float64"])
@@ -150,16 +201,28 @@ def test_special_fill_values(tmp_path, fill):
     )
 
 
-def test_other_codecs_go_through_zarr_python(tmp_path, picture):
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypatch, suffix):
+    monkeypatch.setattr("ats_stream.io.zarr_source._told", set())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr-python warns that this codec has no specification
-        from zarr.codecs.numcodecs import LZ4
+        from zarr.codecs.numcodecs import BZ2
 
         image = picture((2, 50, 70))
-        group = make_store(tmp_path / "a", image, chunks=(2, 16, 16), compressors=[LZ4()])
-        pyramid = compare(tmp_path / "a", group)
-        again = open_pyramid(tmp_path / "a")
+        group = make_store(tmp_path / "a", image, chunks=(2, 16, 16), compressors=[BZ2()])
+        files = [p for p in (tmp_path / "a" / "0" / "c").rglob("*") if p.is_file()]
+        nbytes = sum(p.stat().st_size for p in files)
+        path = tmp_path / f"a{suffix}"
+        if suffix:
+            shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+        pyramid = compare(path, group)
+        again = open_pyramid(path)
         again.read(0)
+        copy = pickle.loads(pickle.dumps(again))
+        np.testing.assert_array_equal(copy.read(0), image)
     assert isinstance(pyramid._sources[0], ZarrSource)
-    files = [p for p in (tmp_path / "a" / "0" / "c").rglob("*") if p.is_file()]
-    assert again.read_stats(0).stored_bytes == sum(p.stat().st_size for p in files)
+    assert again.read_stats(0).stored_bytes == nbytes
+    # once per process and codec, whatever the number of images
+    assert [r.message for r in caplog.records] == [
+        f"{path}/0: codecs bytes + numcodecs.bz2 are read through zarr-python, which is slower"
+    ]

@@ -1,0 +1,230 @@
+"""Opening an OME-Zarr image, version 0.4 or 0.5, that lies in a store."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ats_stream.io import ngff
+from ats_stream.io.layout import parse_array_json
+from ats_stream.io.layout_v2 import parse_array_v2
+from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo, axis_downsample
+from ats_stream.io.retry import with_retries
+from ats_stream.io.sources import AxisMap, ChunkSource, StoreSource
+from ats_stream.io.store_error import StoreError
+from ats_stream.io.zarr_source import ZarrSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ats_stream.io.stores import Store
+
+MAX_JSON_BYTES = 64 << 20  # 64 MiB
+MAX_AXES = 8
+# requests for metadata of a remote store that are under way at once
+METADATA_REQUESTS = 16
+
+
+def open_image(store: Store, prefix: str, *, cache_bytes: int, num_threads: int) -> Pyramid:
+    """Open the image group at ``prefix`` (empty, or ending in ``/``); ValueError or StoreError say why not.
+
+    A remote store is asked twice: for the group and its labels, then for all levels, each time at once.
+    """
+    metadata = Metadata(store)
+    metadata.prefetch(f"{prefix}{group}{file}" for group in ("", "labels/") for file in GROUP_FILES)
+    attributes = _attributes(metadata, prefix)
+    if attributes.get("bioformats2raw.layout") == 3 and "multiscales" not in attributes:
+        prefix += "0/"
+        attributes = _attributes(metadata, prefix)
+    image = ngff.parse_image(attributes)
+    for dataset in image.datasets:
+        if not is_inside(dataset.path):
+            raise ValueError(f"level {dataset.path!r} leads out of the folder")
+    folders = [f"{prefix}{dataset.path.strip('/')}/".replace("//", "/") for dataset in image.datasets]
+    labels = [name for name in _label_names(metadata, prefix) if is_inside(name)]
+    metadata.prefetch(f"{folder}{file}" for folder in folders for file in ARRAY_FILES)
+    axis_map = _axis_map(image, _stored_shape(metadata, folders[0], image.datasets[0].path))
+    sources = [
+        _open_level(metadata, folder, dataset.path, axis_map)
+        for folder, dataset in zip(folders, image.datasets, strict=True)
+    ]
+    _check_levels(sources)
+    slide = store.place(prefix.rstrip("/"))
+    info = PyramidInfo(
+        slide=slide,
+        name=image.name.strip("/") or PurePosixPath(slide).name,
+        axes=("c", *(image.axes[a] for a in axis_map.keep[1:] if a is not None)),
+        channels=image.channels,
+        levels=tuple(_level(i, image, sources, axis_map) for i in range(len(sources))),
+        metadata=image.metadata,
+        labels=tuple((name, f"{prefix}labels/{name}/") for name in labels),
+    )
+    return Pyramid(info, sources, cache_bytes=cache_bytes, num_threads=num_threads, store=store)
+
+
+GROUP_FILES = ("zarr.json", ".zattrs")
+ARRAY_FILES = ("zarr.json", ".zarray")
+
+
+class Metadata:
+    """JSON documents of a store, each read once."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._raw: dict[str, bytes | StoreError | None] = {}
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Read documents of a remote store at once; what fails is raised where it is asked for."""
+        keys = list(keys)
+        if self.store.is_remote and keys:
+            with ThreadPoolExecutor(min(METADATA_REQUESTS, len(keys))) as pool:
+                self._raw.update(zip(keys, pool.map(self._read, keys), strict=True))
+
+    def _read(self, key: str) -> bytes | StoreError | None:
+        try:
+            return with_retries(lambda: self.store.get(key, MAX_JSON_BYTES), self.store.policy)
+        except StoreError as error:
+            return error
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """A document, None when it is absent; ValueError when it is none."""
+        if key not in self._raw:
+            self._raw[key] = self._read(key)
+        data = self._raw[key]
+        if data is None:
+            return None
+        name = key.rsplit("/", 1)[-1]
+        if isinstance(data, StoreError):
+            raise data
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"broken {name}: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"broken {name}: not an object")
+        return content
+
+
+def _attributes(metadata: Metadata, prefix: str) -> dict[str, Any]:
+    """Attributes of a group of zarr v3 (zarr.json) or v2 (.zgroup, .zattrs)."""
+    meta = metadata.get(f"{prefix}zarr.json")
+    if meta is not None:
+        if meta.get("node_type") != "group":
+            raise ValueError("no OME-Zarr image: zarr.json is not that of a group")
+        attributes = meta.get("attributes", {})
+        return attributes if isinstance(attributes, dict) else {}
+    attributes = metadata.get(f"{prefix}.zattrs")
+    if attributes is None:
+        raise ValueError("no OME-Zarr image: there is neither zarr.json nor .zattrs")
+    return attributes
+
+
+def _array_meta(metadata: Metadata, folder: str, name: str) -> dict[str, Any]:
+    for file in ARRAY_FILES:
+        meta = metadata.get(folder + file)
+        if meta is not None:
+            return meta
+    raise ValueError(f"level {name!r} is missing: no zarr.json or .zarray in its folder")
+
+
+def _stored_shape(metadata: Metadata, folder: str, name: str) -> tuple[int, ...]:
+    shape = _array_meta(metadata, folder, name).get("shape")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"level {name!r}: broken array metadata: shape {shape}")
+    return tuple(shape)
+
+
+def _open_level(metadata: Metadata, folder: str, name: str, axes: AxisMap) -> ChunkSource:
+    shape = _stored_shape(metadata, folder, name)
+    if len(shape) != axes.ndim:
+        raise ValueError(f"level {name!r}: array has shape {shape}, the image {axes.ndim} axes")
+    try:
+        meta = _array_meta(metadata, folder, name)
+        zarr_format, layout = meta.get("zarr_format"), None
+        if zarr_format in (2, 3):
+            layout = parse_array_json(meta) if zarr_format == 3 else parse_array_v2(meta)
+        if layout is None:
+            return ZarrSource.open(metadata.store, folder, axes)
+        return StoreSource(metadata.store, folder, layout, axes)
+    except ValueError as error:
+        raise ValueError(f"level {name!r}: {error}") from error
+
+
+def _label_names(metadata: Metadata, prefix: str) -> tuple[str, ...]:
+    try:
+        names = ngff.parse_labels(_attributes(metadata, f"{prefix}labels/"))
+    except (ValueError, StoreError):
+        return ()
+    metadata.prefetch(f"{prefix}labels/{name}/{file}" for name in names for file in GROUP_FILES)
+    return tuple(
+        name for name in names if is_inside(name) and _has_group(metadata, f"{prefix}labels/{name}/")
+    )
+
+
+def _has_group(metadata: Metadata, prefix: str) -> bool:
+    try:
+        return any(metadata.get(prefix + file) is not None for file in GROUP_FILES)
+    except (ValueError, StoreError):
+        return True  # it is there and broken, as opening it will tell
+
+
+def _axis_map(image: ngff.Multiscale, shape: Sequence[int]) -> AxisMap:
+    if len(shape) != len(image.axes):
+        raise ValueError(f"array has shape {tuple(shape)}, the image axes {''.join(image.axes)}")
+    channel = [i for i, t in enumerate(image.axis_types) if t == "channel"]
+    planes = [i for i, t in enumerate(image.axis_types) if t == "space"]
+    if len(channel) > 1 or len(planes) < 2 or len(shape) > MAX_AXES:
+        raise ValueError(
+            f"axes {''.join(image.axes)} need two space axes, at most one channel axis, {MAX_AXES} in all"
+        )
+    dropped = {i for i in range(len(shape)) if i not in channel and i not in planes[-2:] and shape[i] == 1}
+    others = [i for i in range(len(shape)) if i not in channel and i not in dropped]
+    return AxisMap((channel[0] if channel else None, *others), len(shape))
+
+
+def _check_levels(sources: Sequence[ChunkSource]) -> None:
+    first = sources[0]
+    for i, source in enumerate(sources):
+        if source.shape[0] != first.shape[0] or source.dtype != first.dtype:
+            raise ValueError(
+                f"level {i} is {source.dtype} {source.shape}, level 0 {first.dtype} {first.shape}"
+            )
+        if any(a < b for a, b in zip(sources[max(0, i - 1)].shape, source.shape, strict=True)):
+            raise ValueError(f"level {i} {source.shape} is larger than the level before it")
+
+
+def _level(index: int, image: ngff.Multiscale, sources: Sequence[ChunkSource], axes: AxisMap) -> Level:
+    source, dataset = sources[index], image.datasets[index]
+    space = [a for a in axes.keep[1:] if a is not None]
+    factors = []
+    for i, axis in enumerate(space, start=1):
+        stated = dataset.scale[axis] / image.datasets[0].scale[axis]
+        factors.append(axis_downsample(sources[0].shape[i], source.shape[i], stated))
+    is_time = [image.axis_types[a] == "time" for a in space]
+    lengths = ngff.pixel_size_um(image, dataset, [a for a, t in zip(space, is_time, strict=True) if not t])
+    sizes = None
+    if lengths is not None:
+        values = iter(lengths)
+        sizes = tuple(math.nan if t else next(values) for t in is_time)
+    return Level(
+        index=index,
+        shape=source.shape,
+        dtype=source.dtype,
+        downsample=tuple(factors),
+        pixel_size_um=sizes,
+        chunk_shape=source.chunk_shape,
+    )
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path that metadata give stays under their folder.
+
+    >>> [is_inside(name) for name in ("0", "a/b", "../b", "/etc", "a\\0", "n" * 300)]
+    [True, True, False, False, False, False]
+    """
+    path = PurePosixPath(name)
+    is_path = "\0" not in name and name.isprintable() and all(len(part) < 256 for part in path.parts)
+    return is_path and not path.is_absolute() and ".." not in path.parts
