@@ -41,6 +41,8 @@ _SIZES: dict[int, Callable[[bytes], tuple[int, int, int]]] = {
 }
 # what decoders add for every tile at most, whatever its size
 _SLACK_BYTES = 1 << 16
+# rows without compression are read in pieces of about this size, however the file cuts them
+PLAIN_BYTES = 256 << 10  # 256 KiB
 # letters of tifffile that mean channels, and those that become axes of a pyramid, in the pyramid's order
 CHANNEL_LETTERS = "CIQ"
 SPACE_LETTERS = "TZ"
@@ -114,6 +116,11 @@ class TiffLevel:
             self.tile = (int(page.tilelength), int(page.tilewidth))
         else:
             self.tile = (min(int(page.rowsperstrip), height), width)
+        self._plain = _plain_layout(page) if int(page.compression) == 1 else None
+        if self._plain is not None:
+            # a run of rows without compression may be read in pieces of any height
+            row_bytes = width * self._plain.itemsize * (1 if self._is_planar else self._stored_samples)
+            self.tile = (min(height, max(1, PLAIN_BYTES // row_bytes)), width)
         if min(self.tile) < 1:
             raise ValueError(f"TIFF tiles of {self.tile[0]} x {self.tile[1]} pixels")
         per_chunk = 1 if self._is_planar else self.samples
@@ -147,6 +154,8 @@ class TiffLevel:
             if page.parent is not tiff:
                 raise ValueError("TIFF image spans several files, which is not supported")
             offsets, counts = page.dataoffsets, page.databytecounts
+            if self._plain is not None:
+                offsets, counts = self._pieces(offsets, counts, planes)
             if len(offsets) < expected or len(counts) < expected:
                 raise ValueError(f"broken TIFF: {len(offsets)} tiles, expected {expected}")
             table[0, number], table[1, number] = offsets[:expected], counts[:expected]
@@ -162,6 +171,19 @@ class TiffLevel:
             begin, count = int(self._offset_FT[page_number, index]), int(self._count_FT[page_number, index])
             need = f"{self._tile_name(index)} needs bytes {begin} to {begin + count}"
             raise ValueError(f"truncated: {need}, the file has {limit}")
+
+    def _pieces(self, offsets: Sequence[int], counts: Sequence[int], planes: int) -> tuple[Array, Array]:
+        """Offsets and sizes of runs of rows instead of the strips that they are made of."""
+        height, width = self.shape[-2:]
+        row_bytes = width * self.dtype.itemsize * (1 if self._is_planar else self._stored_samples)
+        if sum(counts) < height * row_bytes * planes:
+            raise ValueError(
+                f"broken TIFF: {sum(counts)} bytes in strips, expected {height * row_bytes * planes}"
+            )
+        rows = np.arange(self.grid[0]) * self.tile[0]
+        sizes = np.minimum(self.tile[0], height - rows) * row_bytes
+        starts = offsets[0] + (np.arange(planes)[:, None] * height + rows) * row_bytes
+        return starts.ravel(), np.tile(sizes, planes)
 
     def _tile_name(self, index: int) -> str:
         row, column = divmod(index % (self.grid[0] * self.grid[1]), self.grid[1])
@@ -214,16 +236,11 @@ class TiffLevel:
     def decode(self, raw: RawChunk) -> Array:
         """Decode one tile, cut off at the edge of the level."""
         _, index = self.tile_of(raw.place)
-        decoding = self._decoder()
-        self._check_head(raw.data, index, decoding)
-        try:
-            decoded: Any = decoding.page_decode(
-                raw.data, index, jpegtables=decoding.tables, jpegheader=decoding.header
-            )[0]
-            tile_YXS: Array = decoded[0]
-        except Exception as error:  # decoders of many libraries raise what they like
-            reason = f"damaged: {self._tile_name(index)} cannot be decoded: {type(error).__name__}: {error}"
-            raise ChunkError(reason) from error
+        if self._plain is not None:
+            samples = 1 if self._is_planar else self._stored_samples
+            tile_YXS = np.frombuffer(raw.data, self._plain).reshape(-1, self.shape[-1], samples)
+        else:
+            tile_YXS = self._decode_tile(raw.data, index)
         rows, columns = box_of(self, raw.place)[1][-2:]
         tile_YXS = tile_YXS[:rows, :columns, : self.chunk_shape[0]]
         if tile_YXS.shape != (rows, columns, self.chunk_shape[0]):
@@ -234,6 +251,19 @@ class TiffLevel:
         lead = (1,) * (len(self.shape) - 3)
         chunk_CYX = tile_YXS.transpose(2, 0, 1).astype(self.dtype, copy=False)
         return chunk_CYX.reshape(chunk_CYX.shape[0], *lead, rows, columns)
+
+    def _decode_tile(self, data: bytes, index: int) -> Array:
+        decoding = self._decoder()
+        self._check_head(data, index, decoding)
+        try:
+            decoded: Any = decoding.page_decode(
+                data, index, jpegtables=decoding.tables, jpegheader=decoding.header
+            )[0]
+            tile_YXS: Array = decoded[0]
+        except Exception as error:  # decoders of many libraries raise what they like
+            reason = f"damaged: {self._tile_name(index)} cannot be decoded: {type(error).__name__}: {error}"
+            raise ChunkError(" ".join(reason.split())) from error
+        return tile_YXS
 
     def _check_head(self, data: bytes, index: int, decoding: _Decoding) -> None:
         """Decoders allocate what the data declare, and fill what is missing of a JPEG with grey."""
@@ -281,6 +311,17 @@ def compression_name(page: Any) -> str:
 
     number = int(page.compression)
     return str(tifffile.COMPRESSION(number).name) if number in set(tifffile.COMPRESSION) else str(number)
+
+
+def _plain_layout(page: Any) -> np.dtype[Any] | None:
+    """The dtype in the file if its strips are one run of plain numbers, None if they need a decoder."""
+    dtype = np.dtype(page.dtype)
+    offsets, counts = page.dataoffsets, page.databytecounts
+    is_run = not page.is_tiled and all(
+        a + n == b for a, n, b in zip(offsets, counts, offsets[1:], strict=False)
+    )
+    is_plain = page.predictor == 1 and page.fillorder == 1 and page.bitspersample == 8 * dtype.itemsize
+    return dtype.newbyteorder(page.parent.byteorder) if is_run and is_plain else None
 
 
 def _decoding_of(page: Any) -> _Decoding:
