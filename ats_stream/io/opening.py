@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io import ngff
 from ats_stream.io.omezarr import open_image
@@ -18,6 +20,8 @@ from ats_stream.io.zip_store import ZipStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import numpy.typing as npt
 
     from ats_stream.io.stores import Store
 
