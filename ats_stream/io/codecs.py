@@ -15,6 +15,9 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
+from ats_stream.io.jpeg import NAMES as JPEG_NAMES
+from ats_stream.io.jpeg import JpegFormat, image_shape
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -51,6 +54,8 @@ class ChunkDecoder:
     """Axes of the stored array in terms of the chunk's (codec ``transpose``)."""
     steps: tuple[str, ...]
     """Byte codecs in the order in which they were applied when writing."""
+    jpeg: JpegFormat | None = None
+    """How chunks are JPEG; None for plain numbers (codec ``bytes``)."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -70,11 +75,15 @@ class ChunkDecoder:
     def __call__(self, data: bytes) -> npt.NDArray[Any]:
         """Decode; ValueError says what is wrong with the bytes."""
         for i, step in enumerate(reversed(self.steps)):
-            is_last = i == len(self.steps) - 1
+            is_last = i == len(self.steps) - 1 and self.jpeg is None
             data = _decode_step(step, data, self.nbytes if is_last else self.max_stored_bytes)
-        if len(data) != self.nbytes:
+        if self.jpeg is not None:
+            stored_shape = self.shape if self.order is None else tuple(self.shape[a] for a in self.order)
+            flat: npt.NDArray[Any] = self.jpeg.decode(bytes(data), stored_shape)
+        elif len(data) != self.nbytes:
             raise ValueError(f"{len(data)} bytes after decoding, expected {self.nbytes}")
-        flat = np.frombuffer(data, dtype=self.stored_dtype)
+        else:
+            flat = np.frombuffer(data, dtype=self.stored_dtype)
         if self.order is not None:
             flat = flat.reshape([self.shape[a] for a in self.order]).transpose(np.argsort(self.order))
         return flat.astype(self.dtype, copy=False).reshape(self.shape)
@@ -100,6 +109,7 @@ def parse_codecs(
     order: tuple[int, ...] | None = None
     stored = dtype
     steps: list[str] = []
+    jpeg: JpegFormat | None = None
     has_bytes = False
     for codec in codecs:
         name, config = codec["name"], codec.get("configuration") or {}
@@ -110,10 +120,14 @@ def parse_codecs(
         elif name == "bytes" and not has_bytes and config.get("endian", "little") in {"little", "big"}:
             has_bytes = True
             stored = dtype.newbyteorder(">" if config.get("endian") == "big" else "<")
+        elif name in JPEG_NAMES and not has_bytes and dtype == np.uint8:
+            has_bytes = True
+            jpeg = JpegFormat.from_config(config)
+            image_shape(shape if order is None else tuple(shape[a] for a in order))
         elif name in BYTE_CODECS and has_bytes:
             steps.append(BYTE_CODECS[name])
         else:
             return None
     if not has_bytes:
         return None
-    return ChunkDecoder(shape=shape, stored_dtype=stored, order=order, steps=tuple(steps))
+    return ChunkDecoder(shape=shape, stored_dtype=stored, order=order, steps=tuple(steps), jpeg=jpeg)

@@ -6,40 +6,40 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io import ngff
 from ats_stream.io.omezarr import open_image
-from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo
-from ats_stream.io.pyramid import axis_downsample as axis_downsample
-from ats_stream.io.sources import ArraySource
 from ats_stream.io.store_error import StoreError
 from ats_stream.io.stores import LocalStore
 from ats_stream.io.zip_store import ZipStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import numpy.typing as npt
-
+    from ats_stream.io.pyramid import Pyramid
     from ats_stream.io.stores import Store
 
 
 def open_pyramid(
-    source: str | os.PathLike[str] | npt.NDArray[Any],
+    source: str | os.PathLike[str] | Any,
     *,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 0,
     num_threads: int = 1,
+    axes: Sequence[str] | None = None,
+    pixel_size_um: Sequence[float] | None = None,
 ) -> Pyramid:
-    """Open an OME-Zarr folder, version 0.4 or 0.5, or an array (C, *space) in memory.
+    """Open an OME-Zarr folder, version 0.4 or 0.5, a slide or picture file read in place, or an array.
 
     ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``num_threads`` decode
     large requests: more than one shortens the wait but costs more processor time in all. ``storage_options``
     are for remote stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming
     the source, for what cannot be read.
 
+    An array is (C, y, x), (C, z, y, x) or (C, t, z, y, x), of numpy, dask or zarr; a list of arrays is the
+    levels, finest first. For arrays alone, ``axes`` names the axes otherwise, as ``("c", "t", "y", "x")``,
+    and ``pixel_size_um`` is the size of the finest pixels along each axis after ``c``.
+
+    >>> import numpy as np
     >>> pyramid = open_pyramid(np.zeros((3, 40, 60), np.uint8))
     >>> pyramid.read_patches(0, [[-4, 50]], (8, 16)).shape
     (1, 3, 8, 16)
@@ -49,8 +49,12 @@ def open_pyramid(
             f"cache_bytes must be 0 or more, num_threads 1 or more, got {cache_bytes}, {num_threads}"
         )
     options = {"cache_bytes": cache_bytes, "num_threads": num_threads}
-    if isinstance(source, np.ndarray):
-        return _open_array(source, cache_bytes, num_threads)
+    from ats_stream.io.array_pyramid import is_array, open_array
+
+    if is_array(source):
+        return open_array(source, axes=axes, pixel_size_um=pixel_size_um, **options)
+    if axes is not None or pixel_size_um is not None:
+        raise InputError("axes and pixel_size_um are for arrays; files state their own")
     text = os.fspath(source)
     if "://" in text:
         return open_inside(_remote_store(text, storage_options), "", **options)
@@ -68,26 +72,6 @@ def open_pyramid(
     if not path.is_dir():
         raise SlideError(text, "neither an OME-Zarr folder nor a file")
     return open_inside(LocalStore(path), "", **options)
-
-
-def _open_array(array: npt.NDArray[Any], cache_bytes: int, num_threads: int) -> Pyramid:
-    names = {3: ("c", "y", "x"), 4: ("c", "z", "y", "x")}.get(array.ndim)
-    if names is None or min(array.shape) < 1 or array.dtype.kind not in "buif":
-        raise InputError(
-            f"an array pyramid must be numbers (C, y, x) or (C, z, y, x), got {array.dtype} {array.shape}"
-        )
-    source = ArraySource(array)
-    level = Level(
-        index=0,
-        shape=array.shape,
-        dtype=array.dtype,
-        downsample=(1.0,) * (array.ndim - 1),
-        pixel_size_um=None,
-        chunk_shape=source.chunk_shape,
-    )
-    channels = ngff.default_channels(array.shape[0])
-    info = PyramidInfo(slide="array in memory", name="array", axes=names, channels=channels, levels=(level,))
-    return Pyramid(info, [source], cache_bytes=cache_bytes, num_threads=num_threads)
 
 
 def open_inside(store: Store, prefix: str, *, cache_bytes: int, num_threads: int) -> Pyramid:

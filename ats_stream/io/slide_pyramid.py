@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import SlideError
-from ats_stream.io.opening import axis_downsample
-from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo
+from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo, axis_downsample
 
 if TYPE_CHECKING:
     import os
