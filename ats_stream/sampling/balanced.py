@@ -157,6 +157,20 @@ def balanced_draw(
     )
 
 
+def inclusion_units(logits_BM: Tensor, num_samples: int) -> tuple[Tensor, int]:
+    """Inclusion probabilities (B, M) of all positions of small maps, in whole units of 2^-bits, and the bits.
+
+    >>> units_BM, bits = inclusion_units(torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log(), 2)
+    >>> units_BM * 2.0**-bits
+    tensor([[1.0000, 0.6667, 0.3333]])
+    """
+    row_B = torch.arange(len(logits_BM), device=logits_BM.device)
+    index_M = torch.arange(logits_BM.shape[1], device=logits_BM.device)
+    top = run_race(logits_BM, num_samples, Noise(seed=0, stream_ids=row_B), order="logit")
+    rule = Inclusion.of(top, num_samples)
+    return rule.units(logits_BM.double(), index_M.expand_as(logits_BM), row_B[:, None]), rule.bits
+
+
 def equidistant_points(offset_B: Tensor, num_samples: int, bits: int) -> Tensor:
     """Points offset + 0, 1, ..., N - 1 (B, N) in whole units of 2^-bits."""
     step_N = torch.arange(num_samples, device=offset_B.device) << bits

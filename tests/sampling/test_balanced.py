@@ -8,25 +8,17 @@ from ats_stream.sampling import balanced as balanced_module
 from ats_stream.sampling import draw, estimator_weights, expectation
 from ats_stream.sampling import race as race_module
 from ats_stream.sampling.balanced import (
-    Inclusion,
     curve_places,
     equidistant_points,
     hilbert_index,
+    inclusion_units,
     intervals_of,
 )
 from ats_stream.sampling.philox import PURPOSE_OFFSET, Noise, unit_from_words
-from ats_stream.sampling.race import run_race
 
 
 def vector(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def inclusion_units(logits_BM: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, int]:
-    index_BM = torch.arange(logits_BM.shape[1]).expand_as(logits_BM)
-    noise = Noise(seed=0, stream_ids=torch.arange(len(logits_BM)))
-    rule = Inclusion.of(run_race(logits_BM, num_samples, noise, order="logit"), num_samples)
-    return rule.units(logits_BM, index_BM, torch.arange(len(logits_BM))[:, None]), rule.bits
 
 
 def inclusion_probabilities(logits_BM: torch.Tensor, num_samples: int) -> torch.Tensor:

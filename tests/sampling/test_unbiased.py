@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from ats_stream.sampling import SCHEMES, estimator_weights, expectation, log_attention
-from ats_stream.sampling.balanced import curve_places, inclusion_probabilities, systematic_sample
+from ats_stream.sampling.balanced import (
+    curve_places,
+    equidistant_points,
+    inclusion_units,
+    intervals_of,
+)
 from ats_stream.sampling.philox import Noise
 
 MAX_M, F = 7, 2
@@ -51,13 +56,15 @@ def every_offset(q_M: Tensor, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
     position_1M = torch.arange(len(q_M))[None]
     curve = Noise(seed=5, stream_ids=torch.tensor([3]))
     order_1M = curve_places(position_1M, (len(q_M),), curve).argsort(dim=1)
-    pi_1M = inclusion_probabilities(q_M.log()[None], num_draws)
-    ends_M = pi_1M[0, order_1M[0]].cumsum(dim=0)
+    units_1M, bits = inclusion_units(q_M.log()[None], num_draws)
+    length_1M = units_1M.gather(1, order_1M)
+    ends_M = length_1M[0].cumsum(dim=0).double() * 2.0**-bits
     cuts = torch.cat([torch.zeros(1), ends_M - ends_M.floor(), torch.ones(1)]).sort().values
     length_S, offset_S = cuts.diff(), (cuts[1:] + cuts[:-1]) / 2
     length_S, offset_S = length_S[length_S > 1e-13], offset_S[length_S > 1e-13]
-    pi_SM, order_SM = pi_1M.expand(len(offset_S), -1), order_1M.expand(len(offset_S), -1)
-    index_SN = systematic_sample(pi_SM, order_SM, offset_S, num_draws)
+    length_SM, point_SN = length_1M.expand(len(offset_S), -1), equidistant_points(offset_S, num_draws, bits)
+    index_SN = order_1M[0, intervals_of(length_SM, point_SN)]
+    pi_SM = (units_1M.double() * 2.0**-bits).expand(len(offset_S), -1)
     inclusion_SN = pi_SM.gather(1, index_SN)
     return index_SN, length_S, estimator_weights(q_M[index_SN], "balanced", inclusion_BN=inclusion_SN)
 
@@ -108,7 +115,8 @@ def test_attention_times_weight_sums_to_one_in_every_fresh_sample(scheme, num_po
 def test_balanced_cases_above_are_capped_and_not():
     def largest_inclusions(spread: float) -> list[float]:
         chances = (case(m, spread, stale=False)[2] for m, n in SIZES if n == 2 < m)
-        return [float(inclusion_probabilities(q_M.log()[None], 2).max()) for q_M in chances]
+        given = (inclusion_units(q_M.log()[None], 2) for q_M in chances)
+        return [float(units_1M.max()) * 2.0**-bits for units_1M, bits in given]
 
     assert max(largest_inclusions(3.0)) == 1
     assert min(largest_inclusions(1.0)) < 1
