@@ -40,11 +40,10 @@ RESULT = Path(__file__).parent / "results" / "sampling.json"
 NUM_SAMPLES = 64
 METHODS = ["gumbel", "multinomial", "compiled", "torch", "balanced", "floor"]
 CASES = [
-    *(
-        (16, num_positions, threads, METHODS)
-        for num_positions in (10_000, 65_536, 1_000_000)
-        for threads in (1, 2)
-    ),
+    (16, 10_000, 1, METHODS),
+    (16, 65_536, 1, METHODS),
+    (16, 1_000_000, 1, METHODS),
+    (16, 1_000_000, 2, ["gumbel", "multinomial", "compiled", "torch", "floor"]),
     (1, 100_000_000, 1, ["gumbel", "compiled", "torch", "floor"]),
 ]
 MANY_VALUES = 1 << 26  # from here on, one call has to be enough
@@ -72,7 +71,7 @@ def main() -> None:
         print(json.dumps(measure(method, *map(int, numbers))))
         return
     cases = []
-    for num_rows, num_positions, num_threads, methods in CASES[: 2 if arguments.quick else None]:
+    for num_rows, num_positions, num_threads, methods in CASES[: 1 if arguments.quick else None]:
         results = {name: run_case(name, num_rows, num_positions, num_threads) for name in methods}
         case = {"rows": num_rows, "positions": num_positions, "threads": num_threads, "methods": results}
         cases.append(case)
@@ -109,7 +108,7 @@ def measure(method: str, num_rows: int, num_positions: int, num_threads: int) ->
         part.normal_(generator=generator)
     call = method_of(method)
     call(logits_BM[:1, :20_000].contiguous())  # loads code; does not count
-    num_calls = 1 if logits_BM.numel() > MANY_VALUES else 9
+    num_calls = 1 if logits_BM.numel() > MANY_VALUES else 5
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall_s, cpu_s = least_times(lambda: call(logits_BM), num_calls)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
