@@ -25,6 +25,7 @@ def file_parts(path: str | os.PathLike[str]) -> FileParts:
     from ats_stream.io.picture_source import read_picture
     from ats_stream.io.tiff import read_tiff
     from ats_stream.io.tiff_pages import is_tiff
+    from ats_stream.io.video import is_video, read_video
 
     path = Path(path)
     if not path.exists():
@@ -39,6 +40,8 @@ def file_parts(path: str | os.PathLike[str]) -> FileParts:
             return read_openslide(path, vendor)
         if is_tiff(path):
             return read_tiff(path, vendor)
+        if is_video(path):
+            return read_video(path)
         return read_picture(path)
     except OSError as error:
         raise SlideError(str(path), f"cannot read it: {error.strerror or error}") from error
