@@ -7,6 +7,8 @@ of them survive pickling, because they travel between Ray processes.
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -62,6 +64,10 @@ class CheckpointError(InputError):
 
 class StorageError(AtsStreamError, OSError):
     """Reading or writing failed: disk full, permission, connection."""
+
+
+class ReadCancelledError(AtsStreamError, CancelledError):
+    """The caller stopped a read before it was done."""
 
 
 class ClusterError(AtsStreamError, RuntimeError):

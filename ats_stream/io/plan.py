@@ -121,3 +121,27 @@ def _enumerate(count_ND: Int) -> tuple[Int, Int]:
         place[:, axis] = rank_P % along
         rank_P = rank_P // along
     return item_P, place
+
+
+def coalesce(
+    starts: Sequence[int], sizes: Sequence[int], *, gap_bytes: int, max_bytes: int
+) -> list[list[int]]:
+    """Group ranges of bytes by the requests that should read them; each range comes in one group.
+
+    A group spans at most ``max_bytes`` (a longer range is a group of its own), and no gap inside it is longer
+    than ``gap_bytes``.
+
+    >>> coalesce([100, 0, 20], [10, 10, 10], gap_bytes=15, max_bytes=100)
+    [[1, 2], [0]]
+    """
+    groups: list[list[int]] = []
+    begin = end = 0
+    for number in sorted(range(len(starts)), key=lambda i: (starts[i], sizes[i])):
+        start, stop = starts[number], starts[number] + sizes[number]
+        if groups and start - end <= gap_bytes and max(end, stop) - begin <= max_bytes:
+            groups[-1].append(number)
+            end = max(end, stop)
+        else:
+            groups.append([number])
+            begin, end = start, stop
+    return groups

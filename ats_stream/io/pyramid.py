@@ -17,16 +17,17 @@ import numpy.typing as npt
 import psutil
 
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io.fetch import ChunkCache, ReadStats, read_plan
+from ats_stream.io.fetch import ChunkCache, ReadJob, ReadStats, read_jobs
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.plan import plan_patches
 from ats_stream.io.reduce import shrink
-from ats_stream.io.sources import ChunkError, ChunkSource
+from ats_stream.io.sources import ChunkError, ChunkSource, StoreSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from ats_stream.io.ngff import Channel
+    from ats_stream.io.plan import PatchPlan
     from ats_stream.io.stores import Store
 
 Array = npt.NDArray[Any]
@@ -208,7 +209,7 @@ class Pyramid:
         size = tuple(b - a for a, b in zip(first, last, strict=True))
         out = self._empty((1, *size), target.dtype)
         if out.size:
-            self._read_into(target, np.array([first]), size, 0, out)
+            _read_parts([_Part(self, target, np.array([first]), None)], size, 0, out)
         box: Array = out[0]
         return box
 
@@ -220,17 +221,25 @@ class Pyramid:
         *,
         fill: float = 0,
         out: Array | None = None,
+        cancel: threading.Event | None = None,
     ) -> Array:
         """Read N patches of one size: (N, C, *size) in the level's dtype.
 
         ``offsets_ND`` are the first pixels of the patches in pixels of that level, integers; they may be
         negative or reach past the edge, what lies outside is ``fill``. Every chunk is fetched and decoded
-        once per call. ``out``, if given, is filled and returned. Raises SlideError when the store is damaged,
-        InputError for arguments that do not fit, or too many pixels or chunks for one call.
+        once per call. ``out``, if given, is filled and returned: the memory of a pinned tensor, say, as
+        ``tensor.numpy()``. Raises SlideError when the store is damaged or does not answer, InputError for
+        arguments that do not fit, or too many pixels or chunks for one call, and ReadCancelledError soon
+        after ``cancel`` is set; then ``out`` holds some of the pixels.
         """
+        return read_batch([(self, level, offsets_ND)], size_D, fill=fill, out=out, cancel=cancel)
+
+    def _offsets(
+        self, level: int | Level, offsets_ND: npt.ArrayLike, size: tuple[int, ...]
+    ) -> tuple[Level, npt.NDArray[np.int64]]:
+        """The level, and offsets with 0 for the channel; InputError for what does not fit."""
         target = self._level(level)
         offsets = np.asarray(offsets_ND)
-        size = tuple(int(s) for s in size_D)
         num_space = len(target.shape) - 1
         if offsets.size == 0:
             offsets = np.zeros((0, num_space), np.int64)
@@ -240,15 +249,9 @@ class Pyramid:
             )
         if len(size) != num_space or min(size) < 1:
             raise InputError(f"size must be {num_space} positive numbers, got {size}")
-        shape = (len(offsets), target.shape[0], *size)
-        if out is None:
-            out = self._empty(shape, target.dtype)
-        elif out.shape != shape or out.dtype != target.dtype:
-            raise InputError(f"out must be {target.dtype} {shape}, got {out.dtype} {out.shape}")
         with_channel = np.zeros((len(offsets), num_space + 1), np.int64)
         with_channel[:, 1:] = offsets
-        self._read_into(target, with_channel, shape[1:], fill, out)
-        return out
+        return target, with_channel
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A new array; InputError when it is large and does not fit into the memory that is free."""
@@ -266,9 +269,9 @@ class Pyramid:
             raise InputError(f"{self.slide}: no level {index}, there are {len(self.levels)}")
         return self.levels[index]
 
-    def _read_into(
-        self, level: Level, offsets: npt.NDArray[np.int64], size: Sequence[int], fill: float, out: Array
-    ) -> None:
+    def _plan(
+        self, level: Level, offsets: npt.NDArray[np.int64], size: Sequence[int]
+    ) -> tuple[ChunkSource, PatchPlan]:
         source = self._sources[level.index]
         patch_grid, level_grid = (grid_shape(s, source.chunk_shape) for s in (size, source.shape))
         num_pieces = len(offsets) * math.prod(
@@ -276,19 +279,12 @@ class Pyramid:
         )
         if num_pieces > MAX_PIECES:
             raise InputError(
-                f"{self.slide}: this takes {num_pieces} pieces of chunks {source.chunk_shape}, "
-                f"at most {MAX_PIECES} are read at once: read smaller boxes or fewer patches"
+                f"{self.slide}: a request takes {num_pieces} pieces of chunks {source.chunk_shape}, at most "
+                f"{MAX_PIECES} are read at once: read smaller boxes or fewer patches"
             )
-        plan = plan_patches(source.shape, source.chunk_shape, source.shard_shape, offsets, size)
-        if plan.outside.any():
-            out[plan.outside] = fill
-        try:
-            stats = read_plan(
-                source, plan, out, level=level.index, cache=self._cache, num_threads=self._num_threads
-            )
-        except ChunkError as error:
-            reason = " ".join(str(error).split())  # zarr-python also writes several lines
-            raise SlideError(self.slide, f"level {level.index}: {reason}") from error
+        return source, plan_patches(source.shape, source.chunk_shape, source.shard_shape, offsets, size)
+
+    def _count(self, level: Level, stats: ReadStats) -> None:
         with self._lock:
             self._stats[level.index] += stats
 
@@ -362,19 +358,94 @@ def axis_downsample(full: int, size: int, stated: float) -> float:
     return full / size
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one level of one image gives to a read; ``rows_N`` are its places in the result, None for all."""
+
+    pyramid: Pyramid
+    level: Level
+    offsets_ND: npt.NDArray[np.int64]
+    rows_N: npt.NDArray[np.int64] | None
+
+
 def read_batch(
-    requests: Sequence[tuple[Pyramid, int | Level, npt.ArrayLike]], size_D: Sequence[int], *, fill: float = 0
+    requests: Sequence[tuple[Pyramid, int | Level, npt.ArrayLike]],
+    size_D: Sequence[int],
+    *,
+    fill: float = 0,
+    out: Array | None = None,
+    cancel: threading.Event | None = None,
 ) -> Array:
     """Patches of several pyramids, one request after another: (sum of N, C, *size).
 
-    InputError when dtypes or numbers of channels differ.
+    Every chunk is fetched and decoded once, also where requests name the same level twice; of remote stores
+    everything is asked for at once. ``fill``, ``out`` and ``cancel`` are as in
+    :meth:`Pyramid.read_patches`. InputError, before anything is read, when dtypes or numbers of channels
+    differ.
     """
     if not requests:
         raise InputError("read_batch needs at least one request")
-    patches = [
-        pyramid.read_patches(level, offsets, size_D, fill=fill) for pyramid, level, offsets in requests
-    ]
-    kinds = {(p.dtype.name, p.shape[1]) for p in patches}
+    size = tuple(int(s) for s in size_D)
+    parts = [(pyramid, *pyramid._offsets(level, offsets, size)) for pyramid, level, offsets in requests]
+    kinds = {(level.dtype.name, level.shape[0]) for _, level, _ in parts}
     if len(kinds) > 1:
         raise InputError(f"read_batch spans images of different dtype and channels: {sorted(kinds)}")
-    return np.concatenate(patches)
+    top, num_patches = parts[0][1], sum(len(offsets) for _, _, offsets in parts)
+    shape = (num_patches, top.shape[0], *size)
+    if out is None:
+        out = parts[0][0]._empty(shape, top.dtype)
+    elif out.shape != shape or out.dtype != top.dtype:
+        raise InputError(f"out must be {top.dtype} {shape}, got {out.dtype} {out.shape}")
+    _read_parts(_merged(parts), shape[1:], fill, out, cancel)
+    return out
+
+
+def _merged(parts: Sequence[tuple[Pyramid, Level, npt.NDArray[np.int64]]]) -> list[_Part]:
+    """One part for each level of each image, whatever the number of requests for it."""
+    if len(parts) == 1:
+        return [_Part(*parts[0], None)]
+    groups: dict[Hashable, list[_Part]] = {}
+    first = 0
+    for pyramid, level, offsets in parts:
+        rows = np.arange(first, first + len(offsets))
+        first += len(offsets)
+        source = pyramid._sources[level.index]
+        key = source.identity if isinstance(source, StoreSource) else id(source)
+        groups.setdefault(key, []).append(_Part(pyramid, level, offsets, rows))
+    return [
+        _Part(
+            group[0].pyramid,
+            group[0].level,
+            np.concatenate([part.offsets_ND for part in group]),
+            np.concatenate([part.rows_N for part in group if part.rows_N is not None]),
+        )
+        for group in groups.values()
+    ]
+
+
+def _read_parts(
+    parts: Sequence[_Part],
+    size: Sequence[int],
+    fill: float,
+    out: Array,
+    cancel: threading.Event | None = None,
+) -> None:
+    """Plan and read all parts; errors name the slide and the level."""
+    jobs = []
+    for part in parts:
+        source, plan = part.pyramid._plan(part.level, part.offsets_ND, size)
+        if plan.outside.any():
+            out[plan.outside if part.rows_N is None else part.rows_N[plan.outside]] = fill
+        cache = part.pyramid._cache
+        jobs.append(
+            ReadJob(source=source, plan=plan, rows_N=part.rows_N, level=part.level.index, cache=cache)
+        )
+    num_threads = max(part.pyramid._num_threads for part in parts)
+    try:
+        stats = read_jobs(jobs, out, num_threads=num_threads, cancel=cancel)
+    except ChunkError as error:
+        reason = " ".join(str(error).split())  # zarr-python also writes several lines
+        part = parts[error.job]
+        raise SlideError(part.pyramid.slide, f"level {part.level.index}: {reason}") from error
+    for part, one in zip(parts, stats, strict=True):
+        part.pyramid._count(part.level, one)

@@ -228,7 +228,10 @@ def shown(url: str) -> str:
     >>> shown("https://me:secret@host:8080/a.zarr?sig=abc")
     'https://host:8080/a.zarr'
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no URL at all; what could be a password still goes
+        return url.split("?", 1)[0].rpartition("@")[2]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 

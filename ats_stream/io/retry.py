@@ -30,7 +30,7 @@ class RetryPolicy:
     def delay_s(self, attempt: int, share: float) -> float:
         """Wait after a failed attempt, counted from 0; ``share`` in [0, 1) spreads clients apart.
 
-        >>> [RetryPolicy().delay_s(attempt, 0.5) for attempt in (0, 1, 9)]
+        >>> [round(RetryPolicy().delay_s(attempt, 0.5), 3) for attempt in (0, 1, 9)]
         [0.075, 0.15, 3.75]
         """
         return min(self.max_delay_s, self.first_delay_s * 2.0**attempt) * (0.5 + share / 2)

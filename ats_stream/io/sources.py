@@ -37,6 +37,9 @@ class ChunkError(Exception):
     """A chunk or shard cannot be read; the pyramid turns it into an error that names the slide and the
     level."""
 
+    job: int = 0
+    """Number of the job, among those read at once, that it belongs to."""
+
 
 @dataclass(frozen=True)
 class RawChunk:
@@ -131,6 +134,11 @@ class StoreSource:
         """Equal for two sources that read the same array."""
         return (self.store.identity, self.prefix)
 
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index of a shard."""
+        return index_nbytes(self.layout.grid, has_crc=self.layout.index_has_crc)
+
     def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Read the byte ranges of the chunks; a missing key means that all its chunks are absent."""
         name = self.layout.key(self.axes.stored(shard))
@@ -142,7 +150,7 @@ class StoreSource:
             with blob:
                 yield from self._fetch_open(blob, name, places)
         except StoreError as error:
-            raise ChunkError(self._short(error)) from error
+            raise ChunkError(self._short(error, name)) from error
 
     def _fetch_open(self, blob: Blob, name: str, places: Sequence[Place]) -> Iterator[RawChunk]:
         if not self.layout.is_sharded:
@@ -217,11 +225,11 @@ class StoreSource:
         except MissingKeyError:
             raise
         except StoreError as error:
-            raise ChunkError(self._short(error)) from error
+            raise ChunkError(self._short(error, name)) from error
 
-    def _short(self, error: StoreError) -> str:
-        """Keys inside of the level alone: the error that users see names slide and level."""
-        return str(error).replace(self.prefix, "", 1) if self.prefix else str(error)
+    def _short(self, error: StoreError, name: str) -> str:
+        """The key inside of the level alone: the error that users see names slide and level."""
+        return str(error).replace(self.prefix + name, name, 1)
 
     def _locate(self, index: npt.NDArray[np.uint64], place: Place) -> tuple[int, int] | None:
         inner = tuple(p % g for p, g in zip(self.axes.stored(place), self.layout.grid, strict=True))
@@ -235,7 +243,7 @@ class StoreSource:
 
     def _read_index(self, blob: Blob, name: str) -> npt.NDArray[np.uint64]:
         layout = self.layout
-        wanted = index_nbytes(layout.grid, has_crc=layout.index_has_crc)
+        wanted = self.index_bytes
         try:
             tail, size = blob.tail(wanted)
             if wanted > size:

@@ -77,14 +77,17 @@ def compare_opened(pyramid, group):
     return pyramid
 
 
-@pytest.fixture(params=["folder", "zip"])
-def packed(request, tmp_path):
+@pytest.fixture(params=["folder", "zip", "http", "http zip"])
+def packed(request, tmp_path, serve):
     """What makes of a folder the thing that is opened."""
 
     def make(folder):
         if request.param == "folder":
             return folder
-        return shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+        if request.param == "http":
+            return serve(folder).url
+        path = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+        return path if request.param == "zip" else f"{serve(tmp_path).url}/packed.zip"
 
     return make
 
@@ -102,9 +105,9 @@ def test_bioformats2raw_layout(test_data, name, packed):
 
 
 @pytest.mark.parametrize(("name", "label"), [("coins_v05", "coins"), ("astronaut_v04", "circles")])
-def test_labels_of_other_tools(test_data, name, label):
+def test_labels_of_other_tools(test_data, name, label, packed):
     path = test_data / "ngff" / "ome-zarr-py-create" / f"{name}.ome.zarr"
-    pyramid = open_pyramid(path)
+    pyramid = open_pyramid(packed(path))
     assert pyramid.label_names == (label,)
     group = zarr.open_group(str(path / "labels" / label), mode="r")
     first = group.attrs.get("ome", group.attrs)["multiscales"][0]["datasets"][0]["path"]
@@ -112,10 +115,10 @@ def test_labels_of_other_tools(test_data, name, label):
 
 
 @pytest.mark.parametrize("name", ["image-01", "image-02", "image-03", "image-04"])
-def test_invalid_stores_are_refused_in_one_line(test_data, name):
+def test_invalid_stores_are_refused_in_one_line(test_data, name, packed):
     path = test_data / "ngff" / "ome-zarr-examples" / "invalid" / f"{name}.zarr"
     with pytest.raises(SlideError, match=r"^[^\n]+$"):
-        open_pyramid(path)
+        open_pyramid(packed(path))
 
 
 def make_store(target, image, axes="cyx", **arguments):
