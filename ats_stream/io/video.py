@@ -110,6 +110,8 @@ def _stream(path: str, container: Any) -> Any:
     if not container.streams.video:
         raise SlideError(path, "the file has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise SlideError(path, "the video has a codec that FFmpeg does not know")
     stream.codec_context.thread_count = 1  # threads of the reader decode side by side already
     return stream
 
@@ -256,7 +258,7 @@ class _Reader:
                 if number in missing:
                     out[number - first] = self._pixels(frame, number)
                     missing.remove(number)
-        except (av.FFmpegError, ValueError, EOFError) as error:
+        except (av.FFmpegError, ValueError, EOFError, MemoryError) as error:
             raise ChunkError(
                 f"damaged video: frame {min(missing)} cannot be decoded: {_line(error)}"
             ) from error
