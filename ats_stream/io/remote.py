@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ats_stream.errors import InputError
 from ats_stream.io.retry import RetryPolicy
@@ -86,6 +87,13 @@ class ObjectStore:
         endpoint = next((str(v) for k, v in config.items() if k.lower().endswith("endpoint")), self._url)
         if endpoint.startswith("http://"):
             client_options.setdefault("allow_http", True)
+        url = self._url
+        user, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:  # obstore does not send them by itself
+            url = self.shown_url
+            login = base64.b64encode(unquote(user).encode()).decode()
+            headers = {"authorization": f"Basic {login}", **client_options.get("default_headers", {})}
+            client_options["default_headers"] = headers
         # retries are made here, where they can be stopped and counted
         retry_config = {"max_retries": 0, **config.pop("retry_config", {})}
         provider = {k: config.pop(k) for k in ("credential_provider",) if k in config}
@@ -99,7 +107,7 @@ class ObjectStore:
         elif config:
             raise InputError(f"storage options {sorted(config)} are not for http(s) URLs")
         try:
-            return from_url(self._url, **keywords)
+            return from_url(url, **keywords)
         except (BaseError, ValueError, TypeError) as error:
             reason = str(error).split("\n", 1)[0]
             raise InputError(f"storage options or URL cannot be used: {self._redact(reason)}") from error
@@ -148,6 +156,8 @@ class ObjectStore:
             is_passing = status >= 500 or status in TRANSIENT_STATUS
             kind = TransientError if is_passing else StoreError
             return kind(f"cannot read {key}: {_status(text)}")
+        if "UnexpectedRange" in text:
+            return TransientError(f"cannot read {key}: the server gave other bytes than it was asked for")
         if "Timeout" in text or "TimedOut" in text:
             return TransientError(f"cannot read {key}: no answer in {self.timeout_s:g} s")
         if "error sending request" in text or "body error" in text or "connection" in text.lower():

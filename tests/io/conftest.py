@@ -63,6 +63,7 @@ class RangeServer:
     def __init__(self, root: Path) -> None:
         self.root, self.requests = root, []
         self.fault: Callable[[str, int], str | int | None] = lambda path, count: None
+        self.headers: dict[str, str] = {}
         self.closing = threading.Event()
         self._lock = threading.Lock()
         outer = self
@@ -94,6 +95,7 @@ class RangeServer:
         path, asked = handler.path, handler.headers.get("Range")
         with self._lock:
             self.requests.append((path, asked))
+            self.headers = {k.lower(): v for k, v in handler.headers.items()}
             fault = self.fault(path, self.count(path))
         if fault == "hang":
             self.closing.wait()

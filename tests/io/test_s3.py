@@ -1,0 +1,136 @@
+"""Pyramids in a server process that speaks S3 (moto), with right and wrong credentials."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from ats_stream.errors import SlideError
+from ats_stream.io import PyramidWriter, open_pyramid, read_batch
+
+SECRET = "a-very-secret-word"
+SERVER = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """A server of its own process."""
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    target = tmp_path_factory.mktemp("s3") / "slide.zarr"
+    rng = np.random.default_rng(0)
+    with PyramidWriter(
+        target, level_shapes=[(3, 192, 128), (3, 96, 64)], dtype="uint8", chunk_px=16, shard_px=64
+    ) as writer:
+        for place in np.ndindex(3, 2):
+            writer.write_shard(0, place, rng.integers(1, 255, (3, 64, 64), dtype=np.uint8))
+        writer.write_label("tissue", np.eye(96, 64, dtype=np.uint8), downsample=2)
+    return target
+
+
+@pytest.fixture(scope="module")
+def options(endpoint):
+    return {
+        "endpoint": endpoint,
+        "access_key_id": "someone",
+        "secret_access_key": SECRET,
+        "region": "us-east-1",
+        "timeout_s": 20,
+        "max_retries": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def bucket(endpoint, folder, options):
+    """The pyramid as objects under two prefixes of a bucket."""
+    import obstore
+    from obstore.store import S3Store
+
+    request = urllib.request.Request(f"{endpoint}/slides", method="PUT")
+    urllib.request.urlopen(request).close()
+    config = {k: v for k, v in options.items() if k not in {"timeout_s", "max_retries"}}
+    store = S3Store("slides", config=config, client_options={"allow_http": True})
+    for prefix in ("archive/a.zarr", "archive/b.zarr"):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                obstore.put(store, f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+    return "s3://slides/archive"
+
+
+def test_pyramids_in_a_bucket_are_those_of_the_folder(bucket, folder, options):
+    plain = open_pyramid(folder)
+    one, other = (open_pyramid(f"{bucket}/{name}.zarr", storage_options=options) for name in "ab")
+    for level in plain.levels:
+        np.testing.assert_array_equal(one.read(level), plain.read(level))
+    np.testing.assert_array_equal(one.label("tissue").read(0), plain.label("tissue").read(0))
+    offsets = np.random.default_rng(0).integers(-20, 190, (12, 2))
+    got = read_batch([(one, 0, offsets), (other, 0, offsets)], (30, 20), fill=3)
+    expected = plain.read_patches(0, offsets, (30, 20), fill=3)
+    np.testing.assert_array_equal(got, np.concatenate([expected, expected]))
+    assert one.slide == f"{bucket}/a.zarr"
+
+
+def test_copies_in_threads_and_pickles_read_on(bucket, folder, options):
+    pyramid = open_pyramid(f"{bucket}/a.zarr", storage_options=options)
+    expected = open_pyramid(folder).read(0)
+    copy = pickle.loads(pickle.dumps(pyramid))
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda one: one.read(0), [pyramid, copy] * 3):
+            np.testing.assert_array_equal(got, expected)
+
+
+def refused(url, options, says):
+    with pytest.raises(SlideError, match=says) as caught:
+        open_pyramid(url, storage_options=options)
+    assert str(caught.value).startswith(f"{url}: ")
+    assert "\n" not in str(caught.value)
+    assert SECRET not in f"{caught.value!r} {caught.value}"
+
+
+def test_what_is_not_there_is_named(bucket, options):
+    refused("s3://no-such-bucket/a.zarr", options, "the bucket of s3://no-such-bucket/a.zarr does not exist")
+    refused(f"{bucket}/none.zarr", options, r"neither zarr\.json nor \.zattrs")
+
+
+def test_wrong_credentials_are_told_without_showing_them(bucket, endpoint, options):
+    url = f"{endpoint}/moto-api/reset-auth"
+
+    def check_credentials_after(num_requests):
+        request = urllib.request.Request(url, data=str(num_requests).encode(), method="POST")
+        request.add_header("Content-Type", "text/plain")
+        urllib.request.urlopen(request).close()
+
+    check_credentials_after(0)
+    try:
+        refused(
+            f"{bucket}/a.zarr", options, r"access to zarr\.json is denied: the server answered 403 Forbidden"
+        )
+    finally:
+        check_credentials_after(10**9)
+    assert open_pyramid(f"{bucket}/a.zarr", storage_options=options).read(1).shape == (3, 96, 64)
+
+
+def test_a_private_bucket_without_credentials(bucket, options):
+    public = {k: v for k, v in options.items() if "key" not in k} | {"skip_signature": True}
+    refused(f"{bucket}/a.zarr", public, r"access to zarr\.json is denied: the server answered 403 Forbidden")
