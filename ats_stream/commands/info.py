@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ats_stream.io import Pyramid
-    from ats_stream.io.slides import SlideSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print a description of each image; one that cannot be read is reported and the rest goes on."""
     from ats_stream.errors import AtsStreamError
-    from ats_stream.io import open_pyramid, open_slide
+    from ats_stream.io import open_pyramid
 
     code = 0
     for place in arguments.places:
         try:
-            if Path(place).is_file():
-                with open_slide(place) as slide:
-                    print(describe_slide(slide), flush=True)
-            else:
-                print(describe(open_pyramid(place), place), flush=True)
+            print(describe(open_pyramid(place), place), flush=True)
         except AtsStreamError as error:
             print(f"ats-stream: error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
@@ -43,13 +38,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(pyramid: Pyramid, place: str) -> str:
-    """Some lines about a pyramid, for a terminal."""
+    """Some lines about a pyramid or a slide, for a terminal."""
     top = pyramid.levels[0]
+    kind = "slide" if Path(place).is_file() and Path(place).suffix != ".zip" else "OME-Zarr pyramid"
     facts = {
         "size": size_text(top.shape, top.dtype),
         "pixel size": pixel_text(top.pixel_size_um),
         "channels": ", ".join(channel.label for channel in pyramid.channels) or f"{top.shape[0]}, not named",
         "labels": ", ".join(pyramid.label_names) or "none",
+        "pictures": ", ".join(pyramid.associated_names),
         **_words(pyramid.metadata),
         "on disk": _disk_text(Path(place)),
     }
@@ -59,23 +56,7 @@ def describe(pyramid: Pyramid, place: str) -> str:
         downsample = " x ".join(f"{f:.4g}" for f in dict.fromkeys(level.downsample))
         size = pixel_text(level.pixel_size_um).removesuffix(" um")
         levels.append((str(level.index), times(level.shape), downsample, size, times(level.chunk_shape)))
-    return "\n".join([f"{pyramid.name}: OME-Zarr pyramid {place}", *_facts(facts), *_columns(levels)])
-
-
-def describe_slide(slide: SlideSource) -> str:
-    """Some lines about a slide file, for a terminal."""
-    facts = {
-        "size": size_text(slide.shape, slide.dtype),
-        "pixel size": pixel_text(slide.pixel_size_um),
-        "channels": str(slide.shape[0]),
-        "pictures": ", ".join(slide.associated_names) or "none besides the slide",
-        **_words(slide.metadata),
-        "on disk": f"{slide.source_bytes / 1e6:.1f} MB",
-    }
-    levels = [("level", "shape (c, y, x)", "downsample")]
-    for index, shape in enumerate(slide.level_shapes):
-        levels.append((str(index), times(shape), f"{slide.shape[-1] / shape[-1]:.4g}"))
-    return "\n".join([f"{slide.name}: slide {slide.path}", *_facts(facts), *_columns(levels)])
+    return "\n".join([f"{pyramid.name}: {kind} {place}", *_facts(facts), *_columns(levels)])
 
 
 def size_text(shape: Sequence[int], dtype: Any) -> str:
@@ -122,6 +103,8 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _disk_text(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder.stat().st_size / 1e6:.1f} MB"
     if not folder.is_dir():
         return ""
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]

@@ -6,15 +6,15 @@ import argparse
 import dataclasses
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ats_stream.errors import InputError, TargetExistsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-    from ats_stream.io import Archive, Pyramid
+    from ats_stream.io import Archive
     from ats_stream.workers import ClusterConfig
 
 Config = TypeVar("Config")
@@ -133,15 +133,6 @@ def check_out(out: Path, *, empty: bool) -> None:
         raise TargetExistsError(f"{out}: exists already and is not a folder")
     if empty and out.is_dir() and any(out.iterdir()):
         raise TargetExistsError(f"{out}: exists already and is not empty")
-
-
-def check_pyramid(place: str) -> Pyramid:
-    """Open a pyramid; a slide file is refused with the command that converts it."""
-    from ats_stream.io import open_pyramid
-
-    if Path(place).is_file():
-        raise InputError(f"{place}: a file, not a pyramid; convert slides with 'ats-stream preprocess' first")
-    return open_pyramid(place)
 
 
 def progress(items: Any, *, total: int, unit: str) -> Any:

@@ -1,9 +1,10 @@
-"""Run a trained model over pyramids: a table of probabilities and a picture of each image.
+"""Run a trained model over pyramids or slides: a table of probabilities and a picture of each image.
 
   ats-stream predict runs/first archive.csv --split test --out predictions
   ats-stream predict runs/first pyramids/*.ome.zarr --out predictions
 
-RUN is a run folder (its newest checkpoint is taken) or a checkpoint file; INPUT an archive table or pyramids.
+RUN is a run folder (its newest checkpoint is taken) or a checkpoint file; INPUT an archive table, pyramids,
+or slides with levels of their own, read in place.
 DIR appears when all is done and holds
 
   predictions.csv   one row an image: probabilities of the classes, and how much of the image was read
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ats_stream.sampling import SCHEMES
 
     parser.add_argument("run_folder", metavar="RUN", help="run folder or checkpoint file")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="one archive table (.csv), or pyramids")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="one archive table (.csv), or pyramids, or slides"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make for the results")
     parser.add_argument("--split", metavar="NAME", help="only the rows of this split of the table")
     parser.add_argument(
@@ -122,9 +125,9 @@ def write_results(
 
 
 def _rows(arguments: argparse.Namespace, classes: tuple[str, ...]) -> tuple[ArchiveRow, ...]:
-    from ats_stream.commands.options import archive_from, check_pyramid
+    from ats_stream.commands.options import archive_from
     from ats_stream.errors import InputError
-    from ats_stream.io import ArchiveRow
+    from ats_stream.io import ArchiveRow, open_pyramid
 
     tables = [place for place in arguments.inputs if place.endswith(".csv")]
     if tables:
@@ -135,7 +138,7 @@ def _rows(arguments: argparse.Namespace, classes: tuple[str, ...]) -> tuple[Arch
     if arguments.split is not None:
         raise InputError("--split needs an archive table (.csv) as input")
     for place in arguments.inputs:
-        check_pyramid(place)
+        open_pyramid(place)
     places = dict.fromkeys(arguments.inputs)
     return tuple(ArchiveRow(slide=place, label="", split="", line=0) for place in places)
 

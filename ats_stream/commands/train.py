@@ -1,11 +1,12 @@
-"""Train an attention model on an archive of pyramids.
+"""Train an attention model on an archive of pyramids or slides.
 
   ats-stream train archive.csv --out runs/first --prior tissue --patch-px 96 --patches 16
 
-ARCHIVE is a CSV table with the columns slide (path of a pyramid), label, and split: train, val, and
-others, such as test, that are left alone. From each image the model reads a level of low resolution
-whole (--view-downsample 32: the one about 1/32 as wide) and --patches patches of full resolution, drawn
-from its own attention. A small image needs a finer view, such as --view-downsample 8.
+ARCHIVE is a CSV table with the columns slide (path of a pyramid, or of a slide with levels of its own,
+which is read in place), label, and split: train, val, and others, such as test, that are left alone. From
+each image the model reads a level of low resolution whole (--view-downsample 32: the one about 1/32 as
+wide) and --patches patches of full resolution, drawn from its own attention. A small image needs a finer
+view, such as --view-downsample 8.
 
 The run folder receives config.yaml, metrics.jsonl, checkpoints/ and tensorboard/. The same command again
 takes an interrupted run up at its last checkpoint.
@@ -104,7 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, with a line for each epoch."""
-    from ats_stream.commands.options import archive_from, check_out, check_pyramid, cluster_from, config_from
+    from ats_stream.commands.options import archive_from, check_out, cluster_from, config_from
+    from ats_stream.io import open_pyramid
     from ats_stream.models import ModelConfig
     from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig, train
     from ats_stream.workers.checkpoint import latest_checkpoint
@@ -117,7 +119,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cluster = cluster_from(arguments)
     config_from(arguments, ModelConfig, num_classes=2)
     archive = archive_from(arguments, arguments.archive)
-    first = check_pyramid(archive.split(trainer.train_split)[0].slide)
+    first = open_pyramid(archive.split(trainer.train_split)[0].slide)
     full = first.levels[0]
     model = config_from(
         arguments,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ats_stream.io.image_header import JPEG_END, jpeg2000_size, jpeg_size, webp_size
+from ats_stream.io.kept import Kept
 from ats_stream.io.layout import MAX_CHUNK_BYTES, check_bounds
 from ats_stream.io.parts import Stamp, box_of, check_stamp, whole_grid
 from ats_stream.io.sources import OPEN_FLAGS, ChunkError, RawChunk
@@ -57,6 +57,11 @@ class _Decoding:
     header: bytes | None
 
 
+# a decoder holds what tifffile knows of a file, megabytes of a large slide, so not all of them are kept
+MAX_DECODERS = 128
+_decoders: Kept[_Decoding] = Kept(MAX_DECODERS)
+
+
 class TiffLevel:
     """Chunks (C, *space) of one level of one series of a TIFF file."""
 
@@ -72,8 +77,7 @@ class TiffLevel:
             raise ValueError(f"TIFF compression {compression_name(page)} is not supported")
         self.fill_value = np.asarray(page.nodata).astype(self.dtype)[()]
         self._read_offsets(tiff, found)
-        self._lock = threading.Lock()
-        self._decoding: _Decoding | None = _decoding_of(page)
+        _decoders.get(self._key, lambda: _decoding_of(page))
 
     def _read_axes(self, found: Any, page: Any) -> None:
         axes, shape = str(found.axes), tuple(int(n) for n in found.shape)
@@ -253,7 +257,7 @@ class TiffLevel:
         return chunk_CYX.reshape(chunk_CYX.shape[0], *lead, rows, columns)
 
     def _decode_tile(self, data: bytes, index: int) -> Array:
-        decoding = self._decoder()
+        decoding = _decoders.get(self._key, self._reopen)
         self._check_head(data, index, decoding)
         try:
             decoded: Any = decoding.page_decode(
@@ -281,14 +285,12 @@ class TiffLevel:
                 f"the tile has {self.tile[0]} x {self.tile[1]}"
             )
 
-    def _decoder(self) -> _Decoding:
-        with self._lock:
-            if self._decoding is None:
-                self._decoding = self._reopen()
-            return self._decoding
+    @property
+    def _key(self) -> tuple[str, Stamp, int, int]:
+        return self.path, self.stamp, self.series, self.level
 
     def _reopen(self) -> _Decoding:
-        """The decoder again in another process: it holds functions, which cannot be pickled."""
+        """The decoder again, in another process or after others took its place."""
         import tifffile
 
         try:
@@ -296,13 +298,6 @@ class TiffLevel:
                 return _decoding_of(tiff.series[self.series].levels[self.level].keyframe)
         except Exception as error:  # a file that changed since may break in any way
             raise ChunkError(f"cannot open the file again: {type(error).__name__}: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**{k: v for k, v in self.__dict__.items() if k != "_lock"}, "_decoding": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
 
 def compression_name(page: Any) -> str:

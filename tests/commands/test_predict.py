@@ -135,7 +135,10 @@ def bad_inputs(folder: Path, trained: Path, table: Path, pyramid: Path) -> dict[
         "cut": ([cut, pyramid], "cut.pt: not a checkpoint, or damaged"),
         "label": ([trained, folder / "label.csv"], "label.csv:2: label 'seven' is none of 0, 1"),
         "gone": ([trained, folder / "gone.csv"], "gone.ome.zarr does not exist"),
-        "slide": ([trained, folder / "a.svs"], "a.svs: a file, not a pyramid; convert slides with"),
+        "slide": (
+            [trained, folder / "a.svs"],
+            "a.svs: not a slide: neither OpenSlide, tifffile nor Pillow knows it",
+        ),
         "no pyramid": ([trained, folder / "empty"], "empty: no OME-Zarr image"),
         "split": ([trained, pyramid, "--split", "test"], "--split needs an archive table"),
         "no split": ([trained, table, "--split", "all"], "no rows of split 'all'"),

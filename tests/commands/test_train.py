@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -11,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import tifffile
 import yaml
 
 from ats_stream.io import write_archive
+from ats_stream.io.reduce import halve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +50,38 @@ def test_a_slide_of_tissue_trains_out_of_the_box(slide_path: Path, tmp_path: Pat
     )
     assert (done.code, done.err) == (0, "")
     assert "view 278 x 371 px at 1/8, 10 patches of 64 px drawn within tissue (murthy)" in done.out
+
+
+def test_slides_in_place_train_and_predict_as_their_pyramids_do(tmp_path: Path, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, split in enumerate(["train", "train", "train", "val"]):
+        # blocks of 32 px: the coarsest level shows them too
+        image = rng.integers(0, 255, (3, 15, 18), dtype=np.uint8).repeat(32, 1).repeat(32, 2)
+        with tifffile.TiffWriter(tmp_path / f"{number}.tif") as writer:
+            for step in range(3):
+                options = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb", "metadata": None}
+                writer.write(image.transpose(1, 2, 0), subfiletype=int(step > 0), **options)
+                image = halve(image)
+        rows.append((f"{number}", "ab"[number % 2], split))
+    slides = [tmp_path / f"{name}.tif" for name, _, _ in rows]
+    assert run("preprocess", *slides, "--out", tmp_path).code == 0
+    results = {}
+    for kind, ending in [("place", ".tif"), ("store", ".ome.zarr")]:
+        table = tmp_path / f"{kind}.csv"
+        write_archive(table, [(tmp_path / f"{name}{ending}", *rest) for name, *rest in rows])
+        folder = tmp_path / kind
+        done = run("train", table, "--out", folder, *QUICK[:4], *QUICK[6:], "--view-downsample", "4")
+        assert (done.code, done.err) == (0, "")
+        assert "view 144 x 120 px at 1/4" in done.out
+        assert run("predict", folder, table, "--out", tmp_path / f"{kind}-out", "--split", "val").code == 0
+        with (tmp_path / f"{kind}-out" / "predictions.csv").open() as file:
+            predicted = [{k: v for k, v in row.items() if k.startswith("p_") or k == "predicted"}
+                         for row in csv.DictReader(file)]  # fmt: skip
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        results[kind] = ([record["loss"] for record in records], predicted)
+    assert len(results["place"][1]) == 1
+    assert results["place"] == results["store"]
 
 
 def test_a_run_folder_holds_what_help_says(trained: Path, table: Path, run: Run) -> None:
@@ -137,7 +173,10 @@ def test_values_out_of_range_name_their_option(
         ("slide,label,split\nnone.zarr,0,train\n", "none.zarr does not exist"),
         ("slide,label,split\nt.csv,,train\n", ":2: column 'label' is empty"),
         ("slide,label,split\nt.csv,0,test\n", ": no rows of split 'train', there are test"),
-        ("slide,label,split\nt.csv,0,train\n", "t.csv: a file, not a pyramid; convert slides with"),
+        (
+            "slide,label,split\nt.csv,0,train\n",
+            "t.csv: not a slide: neither OpenSlide, tifffile nor Pillow knows it",
+        ),
         ("slide,label,split\n.,0,train\n", "no OME-Zarr image"),
     ],
 )

@@ -278,7 +278,7 @@ def test_arrays_in_memory(shape):
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((0, 4, 4)), np.zeros((1, 2, 2), "U3")])
 def test_arrays_that_are_no_image_are_refused(array):
-    with pytest.raises(InputError, match="array pyramid (must be numbers|are c, then)"):
+    with pytest.raises(InputError, match=r"array pyramid (must be numbers|are c, then)"):
         open_pyramid(array)
 
 

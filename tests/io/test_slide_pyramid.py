@@ -280,6 +280,16 @@ def test_more_slides_than_are_kept_open_are_read(test_data, monkeypatch):
         np.testing.assert_array_equal(two.read(0), expected[1])
 
 
+def test_more_tiff_levels_than_decoders_are_kept_are_read(test_data, monkeypatch):
+    from ats_stream.io import tile_source
+    from ats_stream.io.kept import Kept
+
+    monkeypatch.setattr(tile_source, "_decoders", Kept(1))
+    pyramid = open_pyramid(test_data / TIFFS[4])
+    for index, expected in enumerate(tiff_levels(test_data / TIFFS[4])):
+        np.testing.assert_array_equal(pyramid.read(index), expected)
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.svs"
     path.write_bytes(b"II*\0")
