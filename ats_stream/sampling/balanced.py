@@ -106,12 +106,15 @@ def balanced_draw(
     sample_S = torch.arange(num_pieces - 1, device=device) * num_positions // num_pieces
     cuts_BS = curve_places(sample_S.expand(num_rows, -1), map_shape, noise).sort(dim=1).values
     length_BS = torch.zeros(num_rows, num_pieces, dtype=torch.int64, device=device)
-    piece_of_block = []
+    # one tensor for all: blocks of their own among freed ones would tear the heap apart
+    piece_BM = torch.empty(num_rows, num_positions, dtype=torch.int16, device=device)
+    widths: list[int] = []
     for part_BP, index_BP in _indexed_blocks(logits_BM):
         place_BP = curve_places(index_BP, map_shape, noise)
         piece_BP = torch.searchsorted(cuts_BS, place_BP, right=True)
         length_BS.scatter_add_(1, piece_BP, rule.units(part_BP.double(), index_BP, row_B1))
-        piece_of_block.append(piece_BP.to(torch.int16))
+        piece_BM[:, sum(widths) : sum(widths) + piece_BP.shape[1]] = piece_BP
+        widths.append(piece_BP.shape[1])
 
     high_and_low_B2 = noise.words(
         torch.zeros(2, dtype=torch.int64, device=device),
@@ -124,7 +127,8 @@ def balanced_draw(
     skipped_BS = length_BS.masked_fill(is_hit_BS, 0).cumsum(dim=1)
 
     rows, indices, logits = [], [], []
-    for (part_BP, index_BP), piece_BP in zip(_indexed_blocks(logits_BM), piece_of_block, strict=True):
+    pieces = torch.split(piece_BM[:, : sum(widths)], widths, dim=1)
+    for (part_BP, index_BP), piece_BP in zip(_indexed_blocks(logits_BM), pieces, strict=True):
         is_candidate_BP = is_hit_BS.gather(1, piece_BP.long()) & (part_BP > _NEGATIVE_INFINITY)
         row, column = is_candidate_BP.nonzero(as_tuple=True)
         rows.append(row)
