@@ -42,19 +42,28 @@ class Member:
     crc: int
 
 
+@dataclass(frozen=True)
+class Directory:
+    """What a zip holds: members by name, the folder of the image among them, and the stamp of the file."""
+
+    members: dict[str, Member]
+    root: str
+    stamp: Hashable
+
+
 class ZipStore:
     """The members of a zip file that itself lies behind a key of another store."""
 
     def __init__(self, outer: Store, name: str) -> None:
         """Read the central directory; StoreError when it is broken."""
         self.outer, self.name = outer, name
-        self.is_remote, self.policy = outer.is_remote, outer.policy
         self._reset()
-        self._members, self._stamp = with_retries(self._read_directory, self.policy)
-        self.root = _root(self._members)
+        self.directory()
 
     def _reset(self) -> None:
+        self.is_remote, self.policy = self.outer.is_remote, self.outer.policy
         self._lock = threading.Lock()
+        self._directory: Directory | None = None
         self._starts: dict[str, int] = {}
         self._unpacked: tuple[str, bytes] | None = None
 
@@ -62,38 +71,49 @@ class ZipStore:
         return {"outer": self.outer, "name": self.name}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Read the directory again: it may be far larger than what travels between processes."""
-        self.__init__(state["outer"], state["name"])  # type: ignore[misc]
+        """The directory is read again when it is needed: it may be larger than what should travel."""
+        self.__dict__.update(state)
+        self._reset()
 
     def __repr__(self) -> str:
         return f"ZipStore({self.place('')!r})"
 
     @property
     def identity(self) -> Hashable:
-        """The zip file, as it was when opened."""
-        return ("zip", self.outer.identity, self.name, self._stamp)
+        """The zip file."""
+        return ("zip", self.outer.identity, self.name)
 
     def place(self, key: str) -> str:
         """The zip file and the member."""
         return "/".join(part for part in (self.outer.place(self.name), key) if part)
 
-    def _open(self) -> Blob:
+    def open_outer(self) -> Blob:
+        """The zip file itself."""
         blob = self.outer.open(self.name)
         if blob is None:
             raise StoreError(f"{self.name} does not exist")
         return blob
 
-    def _read_directory(self) -> tuple[dict[str, Member], Hashable]:
+    def directory(self) -> Directory:
+        """The members by name, read once."""
+        found = self._directory
+        if found is None:
+            found = self._directory = with_retries(self._read_directory, self.policy)
+        return found
+
+    def _read_directory(self) -> Directory:
         try:
-            with self._open() as blob:
-                return read_directory(blob, self.name), blob.stamp
+            with self.open_outer() as blob:
+                members = read_directory(blob, self.name)
+                return Directory(members, _root(members), blob.stamp)
         except MissingKeyError as error:
             raise StoreError(str(error)) from error
 
     def open(self, key: str) -> ZipBlob | None:
         """A member, None when there is none."""
-        member = self._members.get(self.root + key)
-        return None if member is None else ZipBlob(self, self.root + key, member)
+        directory = self.directory()
+        member = directory.members.get(directory.root + key)
+        return None if member is None else ZipBlob(self, directory.root + key, member, directory.stamp)
 
     def get(self, key: str, max_bytes: int) -> bytes | None:
         """A member's bytes, checked against its CRC-32."""
@@ -105,7 +125,8 @@ class ZipStore:
 
     def size(self, key: str) -> int | None:
         """Unpacked size of a member."""
-        member = self._members.get(self.root + key)
+        directory = self.directory()
+        member = directory.members.get(directory.root + key)
         return None if member is None else member.nbytes
 
     def read(self, blob: Blob, start: int, nbytes: int) -> bytes:
@@ -146,17 +167,17 @@ class ZipStore:
 class ZipBlob:
     """One member, open."""
 
-    def __init__(self, store: ZipStore, key: str, member: Member) -> None:
+    def __init__(self, store: ZipStore, key: str, member: Member, stamp: Hashable) -> None:
         self._store, self.key, self._member = store, key, member
-        self._blob = store._open()
+        self._blob = store.open_outer()
         try:
-            self._check()
+            self._check(stamp)
         except BaseException:
             self._blob.__exit__(None, None, None)
             raise
 
-    def _check(self) -> None:
-        if self._blob.stamp != self._store._stamp:
+    def _check(self, stamp: Hashable) -> None:
+        if self._blob.stamp != stamp:
             raise StoreError(f"{self._store.name} changed since it was opened")
         if self._member.method not in (STORED, DEFLATED):
             raise StoreError(

@@ -154,6 +154,25 @@ def test_array_metadata_that_do_not_fit(slide, key, value, says):
     refused(slide, says)
 
 
+@pytest.mark.parametrize("place", ["top", "inner"])
+def test_an_unknown_codec_is_named(slide, place):
+    def change(meta):
+        inner = meta["codecs"][0]["configuration"]["codecs"]
+        (meta["codecs"] if place == "top" else inner).append({"name": "nonsense", "configuration": {}})
+
+    edit(slide / "0" / "zarr.json", change)
+    refused(slide, "level '0': zarr-python cannot open it: .*nonsense")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("file", ["zarr.json", "0/zarr.json", "0/c/0/0/0"])
+def test_files_that_may_not_be_read(slide, file):
+    (slide / file).chmod(0)
+    with pytest.raises(SlideError, match="Permission denied") as caught:
+        open_pyramid(slide).read(0)
+    one_line(caught, slide)
+
+
 def reading_fails(slide, says):
     pyramid = open_pyramid(slide)
     before = pyramid.read_stats(0)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ats_stream.errors import SlideError
-from ats_stream.io import PyramidWriter, open_pyramid
+from ats_stream.io import PyramidWriter, open_pyramid, read_batch
 from ats_stream.io.store_error import StoreError
 from ats_stream.io.stores import LocalBlob, LocalStore
 from ats_stream.io.zip_store import ZipStore
@@ -73,7 +73,7 @@ def test_members_are_found_whatever_their_names_and_methods(tmp_path_factory, me
             archive.writestr(name, data, zipfile.ZIP_DEFLATED if is_deflated else zipfile.ZIP_STORED)
     store = ZipStore(LocalStore(path.parent), "a.zip")
     for name, (data, _) in members.items():
-        key = name.removeprefix(store.root)
+        key = name.removeprefix(store.directory().root)
         assert store.get(key, 100) == data
         assert store.size(key) == len(data)
         with store.open(key) as blob:
@@ -157,6 +157,16 @@ def test_a_member_unpacks_to_what_is_stated_and_no_more(tmp_path, stated):
         ZipStore(LocalStore(tmp_path), "a.zip").get("zarr.json", 1 << 30)
     with pytest.raises(StoreError, match="at most 10 are read"):
         ZipStore(LocalStore(tmp_path), "a.zip").get("zarr.json", 10)
+
+
+def test_a_copy_of_a_zip_that_is_gone_says_so_when_it_reads(folder, tmp_path):
+    path = pack(folder, tmp_path / "a.zip")
+    copied = pickle.dumps(open_pyramid(path))
+    path.unlink()
+    with pytest.raises(SlideError, match=r"level 0: a\.zip does not exist"):
+        pickle.loads(copied).read(0)
+    with pytest.raises(SlideError, match=r"level 0: a\.zip does not exist"):
+        read_batch([(pickle.loads(copied), 0, [[0, 0]])] * 2, (4, 4))
 
 
 def test_only_as_many_bytes_are_read_as_asked_for(folder, tmp_path, monkeypatch):
