@@ -140,10 +140,15 @@ class ZipStore:
         """Where the data of a member begin: behind its local header, whose length only it knows."""
         start = self._starts.get(key)
         if start is None:
-            header = self.read(blob, member.header, LOCAL_BYTES)
+            header = self.read(blob, member.header, LOCAL_BYTES + len(key.encode()))
             if len(header) < LOCAL_BYTES or header[:4] != LOCAL:
                 raise StoreError(f"damaged zip: no header of {key} where the directory says")
-            start = member.header + LOCAL_BYTES + sum(struct.unpack("<HH", header[26:30]))
+            name_len, extra_len = struct.unpack("<HH", header[26:30])
+            name = header[LOCAL_BYTES : LOCAL_BYTES + name_len]
+            # no checksum covers names, but they are written twice
+            if key not in (name.decode("utf-8", "replace"), name.decode("cp437")):
+                raise StoreError(f"damaged zip: another header than that of {key} where the directory says")
+            start = member.header + LOCAL_BYTES + name_len + extra_len
             self._starts[key] = start
         return start
 

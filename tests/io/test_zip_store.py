@@ -119,6 +119,8 @@ def test_damage_is_told(folder, tmp_path):
     refused(path, "entry 0 of .* is broken")
     path.write_bytes(data.replace(b"PK\3\4", b"PK\3\5"))
     refused(path, "no header of zarr.json where the directory says")
+    path.write_bytes(data[:-2000] + data[-2000:].replace(b"0/c/0/1/1", b"0/c/0/0/0"))
+    refused(path, "level 0: damaged zip: another header than that of 0/c/0/0/0")
     path.write_bytes(data.replace(b'"node_type"', b'"node_tipe"', 1))
     refused(path, "CRC-32 does not match")
 
@@ -181,5 +183,5 @@ def test_only_as_many_bytes_are_read_as_asked_for(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(LocalBlob, "read", counting)
     pyramid.read_patches(0, [[0, 0]], (16, 16))
     stored = pyramid.read_stats(0).stored_bytes
-    # the header of the member, its index, one chunk
-    assert sum(read) == 30 + stored + 16 * 4 + 4
+    # the header of the member with its name, its index, one chunk
+    assert sum(read) == 30 + len("0/c/0/0/0") + stored + 16 * 4 + 4
