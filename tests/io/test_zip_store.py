@@ -120,7 +120,7 @@ def test_damage_is_told(folder, tmp_path):
     path.write_bytes(data.replace(b"PK\3\4", b"PK\3\5"))
     refused(path, "no header of zarr.json where the directory says")
     path.write_bytes(data[:-2000] + data[-2000:].replace(b"0/c/0/1/1", b"0/c/0/0/0"))
-    refused(path, "level 0: damaged zip: another header than that of 0/c/0/0/0")
+    refused(path, "level 0: damaged zip: another header than that of c/0/0/0")
     path.write_bytes(data.replace(b'"node_type"', b'"node_tipe"', 1))
     refused(path, "CRC-32 does not match")
 
