@@ -28,12 +28,17 @@ def open_pyramid(
     axes: Sequence[str] | None = None,
     pixel_size_um: Sequence[float] | None = None,
 ) -> Pyramid:
-    """Open an OME-Zarr folder, version 0.4 or 0.5, a slide or picture file read in place, or an array.
+    """Open an OME-Zarr image, version 0.4 or 0.5, a slide or picture file read in place, or an array.
+
+    An OME-Zarr image is a folder, a ``.zip`` file, or either of them behind a URL of ``s3://``, ``gs://``,
+    ``az://`` or ``http(s)://``. ``storage_options`` are then what obstore takes for the service, such as
+    ``endpoint`` and ``region``, and ``timeout_s`` and ``max_retries``; they travel with a pickled pyramid and
+    are never shown.
 
     ``cache_bytes`` is the size of the cache of decoded chunks, 0 switches it off. ``num_threads`` decode
-    large requests: more than one shortens the wait but costs more processor time in all. ``storage_options``
-    are for remote stores. Axes of length 1 other than channel, y and x are dropped. Raises SlideError, naming
-    the source, for what cannot be read.
+    large requests: more than one shortens the wait but costs more processor time in all. Axes of length 1
+    other than channel, y and x are dropped. Raises SlideError, naming the source without credentials, for
+    what cannot be read.
 
     An array is (C, y, x), (C, z, y, x) or (C, t, z, y, x), of numpy, dask or zarr; a list of arrays is the
     levels, finest first. For arrays alone, ``axes`` names the axes otherwise, as ``("c", "t", "y", "x")``,
