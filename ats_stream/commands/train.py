@@ -84,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_field(group, trainer, "weight_decay", "--weight-decay", "weight decay of AdamW")
     add_field(group, trainer, "clip_norm", "--clip-norm", "largest norm of a gradient")
     add_field(group, trainer, "entropy_weight", "--entropy-weight", "reward for attention that stays spread")
+    group.add_argument(
+        "--centred",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="take the self-centred gradient: less variance, a small bias",
+    )
     add_field(group, trainer, "lag", "--lag", "steps that drawing may run ahead of training")
     add_field(group, trainer, "publish_interval", "--publish-interval", "steps between updates of who draws")
     add_field(group, trainer, "seed", "--seed", "seed of weights, order and draws")

@@ -37,6 +37,8 @@ class ModelConfig:
     """3x3 convolutions in the attention network; each widens what a position sees by 2 view pixels."""
     feature_width: int = 32
     """Channels in the middle of the feature network; it puts out twice as many features."""
+    centred: bool = False
+    """Train with the self-centred gradient, of less variance and a small bias (see ats_stream.sampling)."""
     feature_scale: float = 8.0
     """Length that each patch's feature vector is normalised to before the expectation."""
 
@@ -184,7 +186,7 @@ class PatchClassifier(nn.Module):
         attention_BN = attention_BN.masked_fill(batch.weight_BN == 0, 0.0)
         num_images, num_patches = batch.index_BN.shape
         features = self.features(batch.crops_BNCPP.flatten(0, 1)).view(num_images, num_patches, -1)
-        expected_BF = expectation(features, attention_BN, batch.weight_BN)
+        expected_BF = expectation(features, attention_BN, batch.weight_BN, centred=self.config.centred)
         entropy_B = torch.stack([_entropy(row) for row in log_a_BM])
         return Prediction(self.head(expected_BF), attention_BN, entropy_B)
 

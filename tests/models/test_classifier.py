@@ -303,3 +303,18 @@ def test_impossible_configurations_name_the_field_and_the_value(field: str, valu
     changed: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
         dataclasses.replace(CONFIG, **changed)
+
+
+def test_centred_changes_the_gradient_of_the_attention_alone():
+    results = []
+    for centred in (False, True):
+        model = make_model(centred=centred)
+        prediction = model(join(one_image(model, 1), one_image(model, 2)))
+        prediction.class_logits_BK.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((prediction.class_logits_BK.detach(), gradients))
+    (plain_BK, plain), (centred_BK, centred) = results
+    assert torch.allclose(plain_BK, centred_BK, atol=1e-6)
+    for name, gradient in plain.items():
+        same = torch.allclose(gradient, centred[name], rtol=1e-4, atol=1e-6)
+        assert same != name.startswith("attention."), name
