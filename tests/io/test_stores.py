@@ -204,8 +204,7 @@ def test_special_fill_values(tmp_path, fill):
     )
 
 
-@pytest.mark.parametrize("suffix", ["", ".zip"])
-def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypatch, suffix):
+def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypatch, packed):
     monkeypatch.setattr("ats_stream.io.zarr_source._told", set())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr-python warns that this codec has no specification
@@ -215,16 +214,15 @@ def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypa
         group = make_store(tmp_path / "a", image, chunks=(2, 16, 16), compressors=[BZ2()])
         files = [p for p in (tmp_path / "a" / "0" / "c").rglob("*") if p.is_file()]
         nbytes = sum(p.stat().st_size for p in files)
-        path = tmp_path / f"a{suffix}"
-        if suffix:
-            shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+        path = packed(tmp_path / "a")
         pyramid = compare(path, group)
         again = open_pyramid(path)
         again.read(0)
         copy = pickle.loads(pickle.dumps(again))
         np.testing.assert_array_equal(copy.read(0), image)
     assert isinstance(pyramid._sources[0], ZarrSource)
-    assert again.read_stats(0).stored_bytes == nbytes
+    # of a remote store the size of a chunk would take a request more
+    assert again.read_stats(0).stored_bytes == (0 if "://" in str(path) else nbytes)
     # once per process and codec, whatever the number of images
     assert [r.message for r in caplog.records] == [
         f"{path}/0: codecs bytes + numcodecs.bz2 are read through zarr-python, which is slower"
