@@ -90,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="take the self-centred gradient: less variance, a small bias",
     )
+    add_field(group, trainer, "extra_patches", "--extra-patches", "more patches in the first epoch")
+    add_field(group, trainer, "extra_epochs", "--extra-epochs", "epochs over which these dwindle to none")
     add_field(group, trainer, "lag", "--lag", "steps that drawing may run ahead of training")
     add_field(group, trainer, "publish_interval", "--publish-interval", "steps between updates of who draws")
     add_field(group, trainer, "seed", "--seed", "seed of weights, order and draws")

@@ -44,6 +44,10 @@ class TrainerConfig:
     """Steps by which the attention that draws is behind; 1 and more overlap drawing with training."""
     publish_interval: int = 1
     """Steps between versions of the attention that draw."""
+    extra_patches: int = 0
+    """Patches drawn in the first epoch beyond the sampler's number; they shorten the search for a start."""
+    extra_epochs: int = 0
+    """Epochs over which the extra patches dwindle to none."""
     seed: int = 0
     """Seed of the initial weights, of the order and of the draws."""
     checkpoint_interval: int = 0
@@ -57,9 +61,13 @@ class TrainerConfig:
         for name in ("num_epochs", "batch_size", "publish_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "entropy_weight", "lag", "checkpoint_interval"):
+        counts = ("lag", "checkpoint_interval", "extra_patches", "extra_epochs")
+        for name in ("weight_decay", "entropy_weight", *counts):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if bool(self.extra_patches) != bool(self.extra_epochs):
+            given = f"{self.extra_patches} and {self.extra_epochs}"
+            raise ValueError(f"extra_patches and extra_epochs go together, got {given}")
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

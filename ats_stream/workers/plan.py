@@ -26,6 +26,8 @@ class Visit:
     """Which weights of the attention draw: those after this many optimiser steps."""
     share: float
     """Weight of the image in the step's loss; 0 for a visit that only fills the last batch of an epoch."""
+    extra_patches: int = 0
+    """Patches drawn beyond the sampler's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class Plan:
     """Steps by which the attention that draws is older than the one that trains; None: never updated."""
     publish_interval: int = 1
     """Steps between versions of the attention that may draw."""
+    extra_patches: int = 0
+    """Patches drawn in the first epoch beyond the sampler's own number."""
+    extra_epochs: int = 0
+    """Epochs over which the extra patches dwindle to none."""
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -64,6 +70,9 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lag is not None and self.lag < 0:
             raise ValueError(f"lag must be at least 0, got {self.lag}")
+        for name in ("extra_patches", "extra_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,6 +99,17 @@ class Plan:
         """Whether any step draws with this version."""
         return version == 0 or (self.lag is not None and version % self.publish_interval == 0)
 
+    def extra_patches_of(self, epoch: int) -> int:
+        """Patches beyond the sampler's own number in an epoch: they fall linearly, rounded up.
+
+        >>> plan = Plan(images=(0,), batch_size=1, num_epochs=9, seed=0, extra_patches=24, extra_epochs=4)
+        >>> [plan.extra_patches_of(epoch) for epoch in range(6)]
+        [24, 18, 12, 6, 0, 0]
+        """
+        if epoch >= self.extra_epochs:
+            return 0
+        return -(-self.extra_patches * (self.extra_epochs - epoch) // self.extra_epochs)
+
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Rows of the archive table in the order in which an epoch visits them."""
         images = np.asarray(self.images, dtype=np.int64)
@@ -111,6 +131,7 @@ class Plan:
                 stream_id=(epoch << 32) + int(order[slot % len(order)]),
                 version=self.version_of(step),
                 share=1.0 / num_real if slot < len(order) else 0.0,
+                extra_patches=self.extra_patches_of(epoch),
             )
             for slot in slots
         )

@@ -118,7 +118,7 @@ class PatchSampler:
                 log_a_1M = log_attention(logits_1M, None if log_prior is None else log_prior.reshape(1, -1))
                 drawn = draw(
                     log_a_1M,
-                    config.num_patches,
+                    config.num_patches + visit.extra_patches,
                     scheme=config.scheme,
                     seed=config.seed,
                     stream_ids=[visit.stream_id],

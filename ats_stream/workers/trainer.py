@@ -152,6 +152,8 @@ class RankTrainer:
             seed=config.seed,
             lag=config.lag,
             publish_interval=config.publish_interval,
+            extra_patches=config.extra_patches,
+            extra_epochs=config.extra_epochs,
         )
         torch.manual_seed(config.seed)
         self.model = PatchClassifier(job.config.model).to(ranks.device)

@@ -25,6 +25,8 @@ def plans(draw: st.DrawFn) -> Plan:
         shuffle=draw(st.booleans()),
         lag=draw(st.none() | st.integers(0, 5)),
         publish_interval=draw(st.integers(1, 4)),
+        extra_patches=draw(st.integers(0, 9)),
+        extra_epochs=draw(st.integers(0, 4)),
     )
 
 
@@ -166,3 +168,15 @@ def test_impossible_plans_are_refused(changed: dict[str, Any], message: str) -> 
     given = {"images": (0,), "batch_size": 1, "num_epochs": 1, "seed": 0, **changed}
     with pytest.raises(ValueError, match=message):
         Plan(**given)
+
+
+@given(plans())
+def test_extra_patches_fall_from_epoch_to_epoch_and_are_alike_within_one(plan: Plan) -> None:
+    per_epoch = []
+    for epoch in range(plan.num_epochs):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        (extra,) = {visit.extra_patches for step in steps for visit in plan.visits(step)}
+        per_epoch.append(extra)
+    assert per_epoch == sorted(per_epoch, reverse=True)
+    assert per_epoch[0] == (plan.extra_patches if plan.extra_epochs else 0)
+    assert not any(per_epoch[plan.extra_epochs :])

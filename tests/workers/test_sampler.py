@@ -43,6 +43,14 @@ def test_an_item_does_not_depend_on_what_was_sampled_before(archive: Archive, it
         assert_same_item(sampler.sample(VISITS[number], weights()), items[number])
 
 
+def test_extra_patches_come_after_those_drawn_anyway(archive: Archive, items: list[Item]) -> None:
+    more = make_sampler(archive).sample(dataclasses.replace(VISITS[0], extra_patches=3), weights())
+    num_patches = len(items[0].index_N)
+    assert len(more.index_N) == num_patches + 3
+    assert more.index_N[:num_patches].tolist() == items[0].index_N.tolist()
+    assert more.crops_NCPP[:num_patches].tobytes() == items[0].crops_NCPP.tobytes()
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 12, 1 << 30])
 def test_an_item_does_not_depend_on_the_cache(archive: Archive, items: list[Item], cache_bytes: int) -> None:
     sampler = make_sampler(archive, cache_bytes=cache_bytes)

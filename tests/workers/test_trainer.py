@@ -85,7 +85,9 @@ class Copier(Alone):
 # lag, steps between versions, steps between checkpoints: with 2 steps an epoch, 3 cuts epochs in their middle
 RESUMED = [
     run_config(num_epochs=4, checkpoint_interval=1),
-    run_config(num_epochs=4, checkpoint_interval=3, lag=2, publish_interval=2),
+    run_config(
+        num_epochs=4, checkpoint_interval=3, lag=2, publish_interval=2, extra_patches=3, extra_epochs=2
+    ),
 ]
 
 
