@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -104,6 +105,9 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    if arguments.evaluate:
+        evaluate_draws(run, torch.device(arguments.device), arguments.out)
+        return
     train(
         run, torch.device(arguments.device), arguments.out, minutes=arguments.minutes, resume=arguments.resume
     )
@@ -147,6 +151,24 @@ def train(
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, state)
         write_atomic(checkpoint, state.getvalue())
     return curve
+
+
+def evaluate_draws(run: Run, device: torch.device, folder: Path) -> None:
+    """Test accuracy of a trained run under other draws than it was trained with; kept with its curve."""
+    state = torch.load(folder / f"{run.name}.pt", weights_only=True, map_location=device)
+    model = MegapixelModel(width=run.feature_width).to(device)
+    model.load_state_dict(state["model"])
+    data = make_dataset(load_digits(train=False), replace(run.data, seed=run.data.seed + 1), run.num_test)
+    data = data.to(device)
+    path = folder / f"{run.name}.json"
+    result = json.loads(path.read_text())
+    result["draws"] = {"after_epoch": len(state["curve"])}
+    for scheme, num_patches in itertools.product(("murthy", "balanced", "top"), (10, 40)):
+        method = replace(run.method, scheme=scheme, num_patches=num_patches)
+        point = evaluate(model, data, replace(run, method=method), len(state["curve"]))
+        result["draws"][f"{scheme}, {num_patches} patches"] = point["test_accuracy"]
+        print(json.dumps({"draws": f"{scheme}, {num_patches} patches", **point}), flush=True)
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def train_epoch(
@@ -230,6 +252,11 @@ def parse() -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="test the run's checkpoint under other draws instead of training",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--figure", type=Path, help="draw the stored curves to this file instead of training")
     arguments = parser.parse_args()
