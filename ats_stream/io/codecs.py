@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import google_crc32c
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
+import zstandard
 
 from ats_stream.io.jpeg import NAMES as JPEG_NAMES
 from ats_stream.io.jpeg import JpegFormat, image_shape
@@ -58,6 +60,23 @@ class ChunkDecoder:
     """How chunks are JPEG; None for plain numbers (codec ``bytes``)."""
 
     @cached_property
+    def _stages(self) -> tuple[tuple[str, int], ...]:
+        """Byte codecs in the order in which they are undone, each with the bytes that may come out."""
+        limits = [self.max_stored_bytes] * len(self.steps)
+        if limits and self.jpeg is None:
+            limits[-1] = self.nbytes
+        return tuple(zip(reversed(self.steps), limits, strict=True))
+
+    @cached_property
+    def _stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.order is None else tuple(self.shape[a] for a in self.order)
+
+    @cached_property
+    def _axes(self) -> tuple[int, ...] | None:
+        """What turns the stored axes into the chunk's."""
+        return None if self.order is None else tuple(np.argsort(self.order).tolist())
+
+    @cached_property
     def nbytes(self) -> int:
         """Size of a decoded chunk in bytes."""
         return math.prod(self.shape) * self.stored_dtype.itemsize
@@ -74,22 +93,43 @@ class ChunkDecoder:
 
     def __call__(self, data: bytes) -> npt.NDArray[Any]:
         """Decode; ValueError says what is wrong with the bytes."""
-        for i, step in enumerate(reversed(self.steps)):
-            is_last = i == len(self.steps) - 1 and self.jpeg is None
-            data = _decode_step(step, data, self.nbytes if is_last else self.max_stored_bytes)
+        for step, max_bytes in self._stages:
+            data = _decode_step(step, data, max_bytes)
         if self.jpeg is not None:
-            stored_shape = self.shape if self.order is None else tuple(self.shape[a] for a in self.order)
-            flat: npt.NDArray[Any] = self.jpeg.decode(bytes(data), stored_shape)
+            stored: npt.NDArray[Any] = self.jpeg.decode(bytes(data), self._stored_shape)
         elif len(data) != self.nbytes:
             raise ValueError(f"{len(data)} bytes after decoding, expected {self.nbytes}")
         else:
-            flat = np.frombuffer(data, dtype=self.stored_dtype)
-        if self.order is not None:
-            flat = flat.reshape([self.shape[a] for a in self.order]).transpose(np.argsort(self.order))
-        return flat.astype(self.dtype, copy=False).reshape(self.shape)
+            stored = np.frombuffer(data, self.stored_dtype).reshape(self._stored_shape)
+        if self._axes is not None:
+            stored = stored.transpose(self._axes)
+        return stored if self.stored_dtype.isnative else stored.astype(self.dtype)
+
+
+class _PerThread(threading.local):
+    """What decoding keeps from chunk to chunk: making a zstd context costs as much as a small chunk."""
+
+    def __init__(self) -> None:
+        self.zstd = zstandard.ZstdDecompressor()
+
+
+_kept = _PerThread()
+
+
+def _decode_zstd(data: bytes, nbytes: int) -> bytes | None:
+    """The content of a single frame that says it has ``nbytes``; None for anything else, damage as well."""
+    try:
+        if zstandard.frame_content_size(data) != nbytes:
+            return None
+        # it allocates what the frame states, which is why that was looked at first
+        return _kept.zstd.decompress(data, read_across_frames=False, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
 
 
 def _decode_step(step: str, data: bytes, max_bytes: int) -> Any:
+    if step == "zstd" and (content := _decode_zstd(data, max_bytes)) is not None:
+        return content
     try:
         if step in _DECODERS:
             # with a destination, hostile bytes cannot ask for more memory

@@ -136,8 +136,10 @@ class _Placer:
     def __init__(self, number: int, job: ReadJob, out: Array) -> None:
         plan = job.plan
         self.number, self.job, self.out = number, job, out
-        self.targets, self.sources, self.sizes = (
-            a.tolist() for a in (plan.piece_target, plan.piece_source, plan.piece_size)
+        self.source_start, self.source_stop, self.target_start, self.target_stop = (
+            a.tolist()
+            for first in (plan.piece_source, plan.piece_target)
+            for a in (first, first + plan.piece_size)
         )
         rows_P = plan.piece_patch if job.rows_N is None else job.rows_N[plan.piece_patch]
         self.rows, self.first_piece = rows_P.tolist(), plan.first_piece.tolist()
@@ -148,9 +150,8 @@ class _Placer:
         is_absent = raw.data is None
         chunk = self.job.source.fill_value if is_absent else self._decode(raw)
         for p in range(self.first_piece[number], self.first_piece[number + 1]):
-            size = self.sizes[p]
-            what = chunk if is_absent else chunk[_box(self.sources[p], size)]
-            self.out[(self.rows[p], *_box(self.targets[p], size))] = what
+            what = chunk if is_absent else chunk[(*map(slice, self.source_start[p], self.source_stop[p]),)]
+            self.out[(self.rows[p], *map(slice, self.target_start[p], self.target_stop[p]))] = what
 
     def _decode(self, raw: RawChunk) -> Array:
         if isinstance(raw.data, np.ndarray):
@@ -163,10 +164,6 @@ class _Placer:
         if self.job.cache is not None:
             self.job.cache.put((self.job.level, raw.place), chunk)
         return chunk
-
-
-def _box(start: list[int], size: list[int]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
 def _arriving(jobs: Sequence[ReadJob], cancel: threading.Event | None) -> Iterator[list[Found]]:

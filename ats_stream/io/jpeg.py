@@ -108,7 +108,11 @@ class JpegFormat:
             raise ValueError("the JPEG data do not end as they must")
         try:
             pixels = imagecodecs.jpeg8_decode(
-                data, tables=self.tables, colorspace=self.colorspace_jpeg, outcolorspace=self.colorspace_data
+                data,
+                tables=self.tables,
+                colorspace=self.colorspace_jpeg,
+                outcolorspace=self.colorspace_data,
+                out=_memory_for(height, width, samples),
             )
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"jpeg cannot decode {len(data)} bytes: {error}") from error
@@ -132,6 +136,18 @@ class JpegFormat:
                 subsampling=self.subsampling,
             )
         )
+
+
+def _memory_for(height: int, width: int, samples: int) -> npt.NDArray[np.uint8]:
+    """New memory for pixels (Y, X) or (Y, X, S) that libjpeg-turbo fills fast.
+
+    Where rows begin at multiples of 32 bytes, it stores them past the caches, from which they are read next:
+    decoding alone then takes 1.4 times as long.
+    """
+    nbytes = height * width * samples
+    memory = np.empty(nbytes + 32, np.uint8)
+    first = (16 - memory.__array_interface__["data"][0]) % 32
+    return memory[first : first + nbytes].reshape((height, width, samples)[: 3 if samples > 1 else 2])
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,7 @@ class ChunkError(Exception):
     """Number of the job, among those read at once, that it belongs to."""
 
 
-@dataclass(frozen=True)
-class RawChunk:
+class RawChunk(NamedTuple):
     """A chunk as it is stored; ``data`` is None when the store holds nothing for it."""
 
     place: Place
@@ -89,6 +88,17 @@ class AxisMap:
             if axis is not None:
                 result[axis] = int(value)
         return tuple(result)
+
+    def stored_rows(self, places: Sequence[Place]) -> npt.NDArray[np.int64]:
+        """The same for many places at once, one per row."""
+        rows = np.array(places, np.int64).reshape(-1, len(self.keep))
+        if self.is_identity:
+            return rows
+        result = np.zeros((len(rows), self.ndim), np.int64)
+        for i, axis in enumerate(self.keep):
+            if axis is not None:
+                result[:, axis] = rows[:, i]
+        return result
 
     def array(self, array: Array) -> Array:
         """Reorder the axes of a block; dropped axes have length 1, so their first plane is all."""
@@ -161,12 +171,10 @@ class StoreSource:
         if index is None:
             index = self._read_index(blob, name)
             self._indices.put(name, blob.stamp, index)
-        for place in places:
-            found = self._locate(index, place)
-            if found is None:
+        for place, (start, nbytes) in zip(places, self._find(index, places), strict=True):
+            if start == ABSENT:
                 yield RawChunk(place, None, 0)
                 continue
-            start, nbytes = found
             data = blob.read(start, nbytes)
             if len(data) != nbytes:
                 raise ChunkError(
@@ -188,8 +196,8 @@ class StoreSource:
             if index is None:
                 return None
             self._indices.put(name, None, index)
-        ranges = [(place, self._locate(index, place)) for place in places]
-        return [StoredRange(place, *found) for place, found in ranges if found is not None]
+        found = zip(places, self._find(index, places), strict=True)
+        return [StoredRange(place, start, nbytes) for place, (start, nbytes) in found if start != ABSENT]
 
     def read(self, shard: Place, start: int, nbytes: int | None, stop: Event) -> bytes | None:
         """Bytes of a shard, or all of the key when ``nbytes`` is None; None when the key is absent."""
@@ -231,15 +239,17 @@ class StoreSource:
         """The key inside of the level alone: the error that users see names slide and level."""
         return str(error).replace(self.prefix + name, name, 1)
 
-    def _locate(self, index: npt.NDArray[np.uint64], place: Place) -> tuple[int, int] | None:
-        inner = tuple(p % g for p, g in zip(self.axes.stored(place), self.layout.grid, strict=True))
-        start, nbytes = index[inner].tolist()
-        if start == ABSENT:
-            return None
+    def _find(self, index: npt.NDArray[np.uint64], places: Sequence[Place]) -> list[list[int]]:
+        """Start and size in bytes of each chunk of a shard, as its index has them: ABSENT for none."""
+        inner_KD = self.axes.stored_rows(places) % np.array(self.layout.grid)
+        found_K2 = index[tuple(inner_KD.T)]
         limit = self.layout.decoder.max_stored_bytes
-        if nbytes > limit:
-            raise ChunkError(f"chunk {place} is damaged: {nbytes} bytes, no codec needs more than {limit}")
-        return start, nbytes
+        for k in np.flatnonzero((found_K2[:, 0] != ABSENT) & (found_K2[:, 1] > limit)).tolist()[:1]:
+            raise ChunkError(
+                f"chunk {places[k]} is damaged: {found_K2[k, 1]} bytes, no codec needs more than {limit}"
+            )
+        ranges: list[list[int]] = found_K2.tolist()
+        return ranges
 
     def _read_index(self, blob: Blob, name: str) -> npt.NDArray[np.uint64]:
         layout = self.layout
