@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ats_stream.errors import StorageError
-from ats_stream.io.codecs import encode_chunk
 from ats_stream.io.layout import build_array_json, grid_shape
 from ats_stream.io.shard import ABSENT, encode_shard_parts, parse_index
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
     from pathlib import Path
+
+    from ats_stream.io.codecs import ChunkCodec
 
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
@@ -58,22 +59,42 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     axes: str
-    chunk_px: int
-    shard_px: int
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+    """A multiple of ``chunk``, which may reach past the array."""
     fill_value: float
-    codec: str
-    codec_level: int
+    codec: ChunkCodec
 
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        """Chunk shape: ``chunk_px`` along y and x, everything along the others."""
-        return tuple(self.chunk_px if a in "yx" else n for a, n in zip(self.axes, self.shape, strict=True))
+    def __post_init__(self) -> None:
+        sizes = (self.axes, self.shape, self.chunk, self.shard)
+        if len({len(s) for s in sizes}) != 1 or any(
+            c < 1 or s < c or s % c for s, c in zip(self.shard, self.chunk, strict=True)
+        ):
+            raise ValueError(
+                f"shards {self.shard} must be multiples of chunks {self.chunk} of {self.axes} {self.shape}"
+            )
 
-    @property
-    def shard(self) -> tuple[int, ...]:
-        """Shard shape, no wider than the image: small levels do not carry the index of a large shard."""
-        cover = [g * c for g, c in zip(grid_shape(self.shape, self.chunk), self.chunk, strict=True)]
-        return tuple(min(self.shard_px, n) if a in "yx" else n for a, n in zip(self.axes, cover, strict=True))
+    @classmethod
+    def square(
+        cls,
+        *,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        axes: str,
+        chunk_px: int,
+        shard_px: int,
+        fill_value: float,
+        codec: ChunkCodec,
+    ) -> ArraySpec:
+        """Chunks of ``chunk_px`` along y and x, of everything along the others; shards of ``shard_px``, no
+        wider than the image: small levels do not carry the index of a large shard.
+        """
+        chunk = tuple(chunk_px if a in "yx" else n for a, n in zip(axes, shape, strict=True))
+        cover = [g * c for g, c in zip(grid_shape(shape, chunk), chunk, strict=True)]
+        shard = tuple(min(shard_px, n) if a in "yx" else n for a, n in zip(axes, cover, strict=True))
+        return cls(
+            shape=shape, dtype=dtype, axes=axes, chunk=chunk, shard=shard, fill_value=fill_value, codec=codec
+        )
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -88,8 +109,7 @@ class ArraySpec:
             chunk_shape=self.chunk,
             shard_shape=self.shard,
             fill_value=self.fill_value,
-            codec=self.codec,
-            codec_level=self.codec_level,
+            codecs=self.codec.metadata(self.chunk),
             dimension_names=list(self.axes),
         )
 
@@ -121,6 +141,12 @@ class ArrayWriter:
         places = list(np.ndindex(*grid_shape(block.shape, spec.chunk)))
         encoded = self._pool.map(lambda place: self._encode(block[_box(place, spec.chunk)]), places)
         return self._write(shard, {place: data for place, data in zip(places, encoded, strict=True) if data})
+
+    def write_encoded(self, shard: tuple[int, ...], chunks: Mapping[tuple[int, ...], bytes]) -> int:
+        """Write a whole shard of chunks that are encoded already (place in its grid -> data); return its
+        bytes, 0 when there are no chunks.
+        """
+        return self._write(shard, chunks)
 
     def write_chunks(self, blocks: Mapping[tuple[int, ...], Array]) -> int:
         """Write single chunks, whole or cut off at the edge; the others stay. Return the bytes of their
@@ -157,11 +183,14 @@ class ArrayWriter:
         if block.flat[0] == spec.fill_value and bool((block == spec.fill_value).all()):
             return b""
         if block.shape != spec.chunk:
-            whole = np.full(spec.chunk, spec.fill_value, dtype=spec.dtype)
-            whole[tuple(slice(0, n) for n in block.shape)] = block
-            block = whole
-        little = np.ascontiguousarray(block, dtype=spec.dtype.newbyteorder("<"))
-        return encode_chunk(little, spec.codec, spec.codec_level)
+            missing = [(0, c - n) for c, n in zip(spec.chunk, block.shape, strict=True)]
+            # an edge inside of a block of JPEG would ring into the image
+            block = (
+                np.pad(block, missing, mode="edge")
+                if spec.codec.jpeg is not None
+                else np.pad(block, missing, constant_values=spec.fill_value)
+            )
+        return spec.codec.encode(block)
 
     def _path(self, shard: Sequence[int]) -> tuple[Path, str]:
         parts = ("c", *map(str, shard))

@@ -18,11 +18,12 @@ import numpy.typing as npt
 import zstandard
 
 from ats_stream.io.jpeg import NAMES as JPEG_NAMES
-from ats_stream.io.jpeg import JpegFormat, image_shape
+from ats_stream.io.jpeg import WRITTEN_NAME, JpegFormat, image_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+WRITTEN_CODECS = ("zstd", "raw", "jpeg")
 _DECODERS: dict[str, Any] = {
     "zstd": imagecodecs.zstd_decode,
     "gzip": imagecodecs.gzip_decode,
@@ -37,13 +38,57 @@ BYTE_CODECS = {name: name for name in ("zstd", "gzip", "blosc", "crc32c")} | {
 }
 
 
-def encode_chunk(chunk: npt.NDArray[Any], codec: str, level: int) -> bytes:
-    """Bytes of a C-contiguous little-endian chunk; ``codec`` is ``zstd`` or ``raw``."""
-    if codec == "raw":
-        return chunk.tobytes()
-    # the flat view: the encoder takes any buffer, and releases the interpreter lock
-    flat: Any = chunk.reshape(-1).view(np.uint8)
-    return bytes(imagecodecs.zstd_encode(flat, level))
+@dataclass(frozen=True, kw_only=True)
+class ChunkCodec:
+    """How the chunks of an array are written."""
+
+    name: str
+    """``zstd``, ``raw`` or ``jpeg``."""
+    level: int = 1
+    """Effort of zstd, 1 to 22."""
+    jpeg: JpegFormat | None = None
+    """How chunks (S, ..., Y, X) are JPEG; samples are interleaved in the data."""
+
+    def __post_init__(self) -> None:
+        if self.name not in WRITTEN_CODECS or (self.jpeg is not None) != (self.name == "jpeg"):
+            raise ValueError(
+                f"codec {self.name!r} with {self.jpeg}, expected one of {', '.join(WRITTEN_CODECS)}"
+            )
+
+    def metadata(self, chunk_shape: Sequence[int]) -> list[dict[str, Any]]:
+        """The codecs of the array's ``zarr.json``.
+
+        >>> codec = ChunkCodec(name="jpeg", jpeg=JpegFormat(level=80))
+        >>> [(c["name"], c["configuration"]) for c in codec.metadata((3, 64, 64))]
+        [('transpose', {'order': [1, 2, 0]}), ('imagecodecs_jpeg', {'level': 80})]
+        """
+        if self.jpeg is not None:
+            jpeg = {"name": WRITTEN_NAME, "configuration": self.jpeg.to_config()}
+            order = _samples_last(chunk_shape)
+            return (
+                [jpeg] if order is None else [{"name": "transpose", "configuration": {"order": order}}, jpeg]
+            )
+        codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.name == "zstd":
+            codecs.append({"name": "zstd", "configuration": {"level": self.level, "checksum": False}})
+        return codecs
+
+    def encode(self, chunk: npt.NDArray[Any]) -> bytes:
+        """Bytes of a whole chunk."""
+        if self.jpeg is not None:
+            order = _samples_last(chunk.shape)
+            return self.jpeg.encode(chunk if order is None else chunk.transpose(order))
+        little = np.ascontiguousarray(chunk, dtype=chunk.dtype.newbyteorder("<"))
+        if self.name == "raw":
+            return little.tobytes()
+        # the flat view: the encoder takes any buffer, and releases the interpreter lock
+        flat: Any = little.reshape(-1).view(np.uint8)
+        return bytes(imagecodecs.zstd_encode(flat, self.level))
+
+
+def _samples_last(shape: Sequence[int]) -> list[int] | None:
+    """Order of axes that interleaves the samples of a chunk (S, ..., Y, X), None for a single one."""
+    return [*range(1, len(shape)), 0] if shape[0] > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

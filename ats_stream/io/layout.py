@@ -69,17 +69,13 @@ def build_array_json(
     chunk_shape: Sequence[int],
     shard_shape: Sequence[int],
     fill_value: float,
-    codec: str,
-    codec_level: int,
+    codecs: Sequence[Mapping[str, Any]],
     dimension_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Metadata of a sharded array; ``codec`` is ``zstd`` or ``raw``."""
-    inner: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if codec == "zstd":
-        inner.append({"name": "zstd", "configuration": {"level": codec_level, "checksum": False}})
+    """Metadata of a sharded array; ``codecs`` are those of its chunks."""
     sharding = {
         "chunk_shape": list(chunk_shape),
-        "codecs": inner,
+        "codecs": list(codecs),
         "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ats_stream.errors import TargetExistsError
 from ats_stream.io import ngff
 from ats_stream.io.array_writer import ArraySpec, ArrayWriter, guarded, write_json
+from ats_stream.io.codecs import ChunkCodec
 from ats_stream.io.reduce import halve_labels
 
 if TYPE_CHECKING:
@@ -233,15 +234,14 @@ class PyramidWriter:
     ) -> ArrayWriter:
         if self._pool is None:
             raise ValueError("PyramidWriter writes only inside its 'with' block")
-        spec = ArraySpec(
+        spec = ArraySpec.square(
             shape=tuple(shape),
             dtype=dtype,
             axes=axes,
             chunk_px=self.chunk_px,
             shard_px=self.shard_px,
             fill_value=fill_value,
-            codec=self.codec,
-            codec_level=self.codec_level,
+            codec=ChunkCodec(name=self.codec, level=self.codec_level),
         )
         self._arrays[path] = ArrayWriter(self.partial / path, f"{self.target}/{path}", spec, self._pool)
         return self._arrays[path]
