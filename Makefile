@@ -31,7 +31,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt
 	@python=""; \
 	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
 	  if "$$candidate" -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then python="$$candidate"; break; fi; \
@@ -51,6 +51,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@# alone: it asks for torchvision, which comes as a CUDA build; the tests stand in for what it takes from there
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	  --constraint constraints.txt $(PIP_ARGS) timm
+	@# in a folder of their own: torch for CUDA pins packages of the same names
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/share/nvrtc $(PIP_ARGS) --requirement tests/kernels/compilers.txt
 	@touch $@
 	@echo "setup: done"
 
