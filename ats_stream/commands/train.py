@@ -39,15 +39,23 @@ USAGE = "ARCHIVE --out RUN [options]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream train``."""
-    from ats_stream.commands.options import add_column_options, add_field, add_ray_options
-    from ats_stream.models import ModelConfig
-    from ats_stream.models.classifier import ATTENTION_KINDS
-    from ats_stream.sampling import SCHEMES
-    from ats_stream.workers import SamplerConfig, TrainerConfig
+    from ats_stream.commands.options import add_column_options, add_ray_options
 
     parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
-    sampler, trainer, model = SamplerConfig(), TrainerConfig(), ModelConfig(num_classes=2)
+    _add_sampler_options(parser)
+    _add_model_options(parser)
+    _add_trainer_options(parser)
+    add_column_options(parser)
+    add_ray_options(parser, ranks=True)
+
+
+def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    from ats_stream.commands.options import add_field
+    from ats_stream.sampling import SCHEMES
+    from ats_stream.workers import SamplerConfig
+
+    sampler = SamplerConfig()
     group = parser.add_argument_group("what is looked at")
     add_field(group, sampler, "num_patches", "--patches", "patches drawn from each image")
     add_field(group, sampler, "patch_px", "--patch-px", "side of a patch in pixels of full resolution")
@@ -66,6 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="draw only inside this label image, such as tissue (default: anywhere)",
     )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    from ats_stream.commands.options import add_field
+    from ats_stream.models import ModelConfig
+    from ats_stream.models.classifier import ATTENTION_KINDS
+
+    model = ModelConfig(num_classes=2)
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--attention",
@@ -76,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_field(group, model, "attention_width", "--attention-width", "channels of the attention network")
     add_field(group, model, "attention_layers", "--attention-layers", "convolutions of the attention network")
     add_field(group, model, "feature_width", "--feature-width", "channels of the feature network")
+
+
+def _add_trainer_options(parser: argparse.ArgumentParser) -> None:
+    from ats_stream.commands.options import add_field
+    from ats_stream.workers import TrainerConfig
+
+    trainer = TrainerConfig()
     group = parser.add_argument_group("the training")
     add_field(group, trainer, "num_epochs", "--epochs", "passes over the training split")
     add_field(group, trainer, "batch_size", "--batch-size", "images in a step, over all training processes")
@@ -107,8 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="train on a GPU, one for each training process",
     )
-    add_column_options(parser)
-    add_ray_options(parser, ranks=True)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

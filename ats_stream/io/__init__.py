@@ -15,7 +15,8 @@ from ats_stream.io.fetch import ReadStats
 from ats_stream.io.ngff import Channel
 from ats_stream.io.opening import open_pyramid
 from ats_stream.io.plan import PatchPlan, plan_patches
-from ats_stream.io.pyramid import Level, Pyramid, read_batch
+from ats_stream.io.pyramid import Pyramid, read_batch
+from ats_stream.io.pyramid_info import Level
 from ats_stream.io.slides import open_slide
 from ats_stream.io.tissue import tissue_mask
 from ats_stream.io.writer import PyramidWriter

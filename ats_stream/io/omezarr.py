@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ats_stream.io import ngff
 from ats_stream.io.layout import parse_array_json
 from ats_stream.io.layout_v2 import parse_array_v2
-from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo, axis_downsample
+from ats_stream.io.pyramid import Pyramid
+from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
 from ats_stream.io.retry import with_retries
 from ats_stream.io.sources import AxisMap, ChunkSource, StoreSource
 from ats_stream.io.store_error import StoreError

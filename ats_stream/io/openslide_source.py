@@ -22,19 +22,19 @@ from ats_stream.io.parts import (
     believable_sizes,
     box_of,
     check_picture_size,
-    check_stamp,
     describe,
     file_stamp,
     opaque,
+    places_alone,
     whole_grid,
 )
-from ats_stream.io.sources import ChunkError, RawChunk
+from ats_stream.io.sources import ChunkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from ats_stream.io.sources import Place
+    from ats_stream.io.sources import Place, RawChunk
 
 Array = npt.NDArray[Any]
 # a tile of 256 or 512 pixels is decoded about once, and a chunk is no more than 1 MiB in the library
@@ -142,12 +142,7 @@ class OpenSlideLevel:
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Hand over the places alone: OpenSlide reads and decodes in one go."""
-        try:
-            check_stamp(file_stamp(self.path), self.stamp)
-        except OSError as error:
-            raise ChunkError(f"cannot open the file: {error.strerror}") from error
-        for place in places:
-            yield RawChunk(place, place, 0)
+        return places_alone(self.path, self.stamp, places)
 
     def decode(self, raw: RawChunk) -> Array:
         """Read a chunk, cut off at the edge of the level."""

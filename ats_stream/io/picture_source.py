@@ -23,17 +23,17 @@ from ats_stream.io.parts import (
     Stamp,
     box_of,
     check_picture_size,
-    check_stamp,
     describe,
     file_stamp,
+    places_alone,
     whole_grid,
 )
-from ats_stream.io.sources import ChunkError, RawChunk
+from ats_stream.io.sources import ChunkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ats_stream.io.sources import Place
+    from ats_stream.io.sources import Place, RawChunk
 
 Array = npt.NDArray[Any]
 CHUNK_PX = 512
@@ -71,12 +71,7 @@ class PictureSource:
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Hand over the places alone."""
-        try:
-            check_stamp(file_stamp(self.path), self.stamp)
-        except OSError as error:
-            raise ChunkError(f"cannot open the file: {error.strerror}") from error
-        for place in places:
-            yield RawChunk(place, place, 0)
+        return places_alone(self.path, self.stamp, places)
 
     def decode(self, raw: RawChunk) -> Array:
         """A view of the picture, cut off at the edge."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import SlideError
-from ats_stream.io.pyramid import Level, Pyramid, PyramidInfo, axis_downsample
+from ats_stream.io.pyramid import Pyramid
+from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
 
 if TYPE_CHECKING:
     import os

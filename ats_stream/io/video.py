@@ -18,14 +18,14 @@ from ats_stream.errors import SlideError
 from ats_stream.io.kept import Kept
 from ats_stream.io.layout import check_bounds
 from ats_stream.io.ngff import default_channels
-from ats_stream.io.parts import FileParts, Stamp, box_of, check_stamp, describe, file_stamp, whole_grid
-from ats_stream.io.sources import ChunkError, RawChunk
+from ats_stream.io.parts import FileParts, Stamp, box_of, describe, file_stamp, places_alone, whole_grid
+from ats_stream.io.sources import ChunkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from ats_stream.io.sources import Place
+    from ats_stream.io.sources import Place, RawChunk
 
 Array = npt.NDArray[Any]
 SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
@@ -168,12 +168,7 @@ class VideoSource:
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Hand over the places alone: FFmpeg reads and decodes in one go."""
-        try:
-            check_stamp(file_stamp(self.path), self.stamp)
-        except OSError as error:
-            raise ChunkError(f"cannot open the file: {error.strerror}") from error
-        for place in places:
-            yield RawChunk(place, place, 0)
+        return places_alone(self.path, self.stamp, places)
 
     def decode(self, raw: RawChunk) -> Array:
         """Decode the frames of a chunk."""

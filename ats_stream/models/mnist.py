@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ats_stream.models.sampled import SampledClassifier, start_like_keras
-from ats_stream.sampling import L2Normalize, SampleSoftmax, attention_sampling, multinomial_entropy
+from ats_stream.models.sampled import SampledClassifier, keras_classifier
+from ats_stream.sampling import L2Normalize, SampleSoftmax
 
 _SMOOTH = 1e-5
 _ENTROPY_STRENGTH = 1e-4
@@ -58,17 +58,12 @@ def mnist_classifier(
     ``sampling`` are further arguments of :func:`ats_stream.sampling.attention_sampling`, such as ``scheme``
     or ``patch_size``. Train it as the paper does with Adam at 1e-3, gradients clipped to norm 1.
     """
-    feature = MnistFeature(num_channels)
-    model = SampledClassifier(
-        attention_sampling(
-            MnistAttention(num_channels),
-            feature,
-            n_patches=n_patches,
-            attention_regularizer=multinomial_entropy(entropy),
-            **sampling,
-        ),
-        num_features=feature.num_features,
+    return keras_classifier(
+        MnistAttention(num_channels),
+        MnistFeature(num_channels),
+        num_features=MnistFeature.num_features,
         num_classes=num_classes,
+        entropy=entropy,
+        n_patches=n_patches,
+        **sampling,
     )
-    start_like_keras(model)
-    return model

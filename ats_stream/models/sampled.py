@@ -5,9 +5,11 @@ Shapes: B images, N patches, C channels, F features, K classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from ats_stream.sampling import attention_sampling, multinomial_entropy
 
 if TYPE_CHECKING:
     from ats_stream.sampling import AttentionSampling
@@ -32,6 +34,29 @@ class SampledClassifier(nn.Module):
         """Classify; arguments and errors as those of ``sampling``."""
         features_BF, attention, patches = self.sampling(x_low, x_high, log_prior)
         return self.head(features_BF), attention, patches
+
+
+def keras_classifier(
+    attention: nn.Module,
+    feature: nn.Module,
+    *,
+    num_features: int,
+    num_classes: int,
+    entropy: float,
+    **sampling: Any,
+) -> SampledClassifier:
+    """A classifier as the paper's scripts build theirs: entropy regulariser, weights drawn as by Keras.
+
+    ``sampling`` are further arguments of :func:`ats_stream.sampling.attention_sampling`.
+    """
+    regularizer = multinomial_entropy(entropy)
+    model = SampledClassifier(
+        attention_sampling(attention, feature, attention_regularizer=regularizer, **sampling),
+        num_features=num_features,
+        num_classes=num_classes,
+    )
+    start_like_keras(model)
+    return model
 
 
 def start_like_keras(network: nn.Module) -> None:

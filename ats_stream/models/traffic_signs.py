@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ats_stream.models.sampled import SampledClassifier, start_like_keras
-from ats_stream.sampling import L2Normalize, SampleSoftmax, attention_sampling, multinomial_entropy
+from ats_stream.models.sampled import SampledClassifier, keras_classifier
+from ats_stream.sampling import L2Normalize, SampleSoftmax
 
 _SMOOTH = 1e-4
 _ENTROPY_STRENGTH = 1e-4
@@ -104,17 +104,12 @@ def traffic_sign_classifier(
     :func:`ats_stream.sampling.attention_sampling`. The paper augments with
     ``Compose(RandomIntensity(), RandomPan(...))`` and trains with Adam at 1e-3, gradients clipped to norm 1.
     """
-    feature = TrafficSignFeature(num_channels)
-    model = SampledClassifier(
-        attention_sampling(
-            TrafficSignAttention(num_channels),
-            feature,
-            n_patches=n_patches,
-            attention_regularizer=multinomial_entropy(entropy),
-            **{"receptive_field": None, **sampling},
-        ),
-        num_features=feature.num_features,
+    return keras_classifier(
+        TrafficSignAttention(num_channels),
+        TrafficSignFeature(num_channels),
+        num_features=TrafficSignFeature.num_features,
         num_classes=num_classes,
+        entropy=entropy,
+        n_patches=n_patches,
+        **{"receptive_field": None, **sampling},
     )
-    start_like_keras(model)
-    return model

@@ -9,7 +9,8 @@ from ats_stream.sampling.augment import (
     RandomPan,
     RandomQuarterTurn,
 )
-from ats_stream.sampling.draw import Draw, draw, merge_draws
+from ats_stream.sampling.draw import draw, merge_draws
+from ats_stream.sampling.drawn import Draw
 from ats_stream.sampling.expectation import effective_sample_share, expectation
 from ats_stream.sampling.geometry import Geometry, geometry_from_receptive_field, patch_offsets
 from ats_stream.sampling.layers import ActivityRegularizer, L2Normalize, SampleSoftmax, multinomial_entropy

@@ -105,16 +105,7 @@ def balanced_draw(
     num_pieces = min(num_positions, num_samples * _PIECES_PER_DRAW, _LARGEST_PIECE)
     sample_S = torch.arange(num_pieces - 1, device=device) * num_positions // num_pieces
     cuts_BS = curve_places(sample_S.expand(num_rows, -1), map_shape, noise).sort(dim=1).values
-    length_BS = torch.zeros(num_rows, num_pieces, dtype=torch.int64, device=device)
-    # one tensor for all: blocks of their own among freed ones would tear the heap apart
-    piece_BM = torch.empty(num_rows, num_positions, dtype=torch.int16, device=device)
-    widths: list[int] = []
-    for part_BP, index_BP in _indexed_blocks(logits_BM):
-        place_BP = curve_places(index_BP, map_shape, noise)
-        piece_BP = torch.searchsorted(cuts_BS, place_BP, right=True)
-        length_BS.scatter_add_(1, piece_BP, rule.units(part_BP.double(), index_BP, row_B1))
-        piece_BM[:, sum(widths) : sum(widths) + piece_BP.shape[1]] = piece_BP
-        widths.append(piece_BP.shape[1])
+    length_BS, pieces = _lengths(logits_BM, cuts_BS, rule, map_shape, noise)
 
     high_and_low_B2 = noise.words(
         torch.zeros(2, dtype=torch.int64, device=device),
@@ -126,16 +117,7 @@ def balanced_draw(
     is_hit_BS.scatter_(1, intervals_of(length_BS, point_BN), True)
     skipped_BS = length_BS.masked_fill(is_hit_BS, 0).cumsum(dim=1)
 
-    rows, indices, logits = [], [], []
-    pieces = torch.split(piece_BM[:, : sum(widths)], widths, dim=1)
-    for (part_BP, index_BP), piece_BP in zip(_indexed_blocks(logits_BM), pieces, strict=True):
-        is_candidate_BP = is_hit_BS.gather(1, piece_BP.long()) & (part_BP > _NEGATIVE_INFINITY)
-        row, column = is_candidate_BP.nonzero(as_tuple=True)
-        rows.append(row)
-        indices.append(index_BP[row, column])
-        logits.append(part_BP[row, column].double())
-    row, index, logit = torch.cat(rows), torch.cat(indices), torch.cat(logits)
-    index_BC, logit_BC = _by_row(row, index, logit, num_rows)
+    index_BC, logit_BC = _candidates(logits_BM, pieces, is_hit_BS)
     # padding comes last
     place_BC = curve_places(index_BC, map_shape, noise).masked_fill(
         logit_BC == _NEGATIVE_INFINITY, torch.iinfo(torch.int64).max
@@ -159,6 +141,38 @@ def balanced_draw(
         inclusion=inclusion_BN.masked_fill(padding_BN, 1.0),
         log_normaliser=top.log_total,
     )
+
+
+def _lengths(
+    logits_BM: Tensor, cuts_BS: Tensor, rule: Inclusion, map_shape: tuple[int, ...], noise: Noise
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Length (B, S) of each piece between cuts of the curve; of each block, in which piece positions lie."""
+    device = logits_BM.device
+    num_rows, num_positions = logits_BM.shape
+    row_B1 = torch.arange(num_rows, device=device)[:, None]
+    length_BS = torch.zeros(num_rows, cuts_BS.shape[1] + 1, dtype=torch.int64, device=device)
+    # one tensor for all: blocks of their own among freed ones would tear the heap apart
+    piece_BM = torch.empty(num_rows, num_positions, dtype=torch.int16, device=device)
+    widths: list[int] = []
+    for part_BP, index_BP in _indexed_blocks(logits_BM):
+        place_BP = curve_places(index_BP, map_shape, noise)
+        piece_BP = torch.searchsorted(cuts_BS, place_BP, right=True)
+        length_BS.scatter_add_(1, piece_BP, rule.units(part_BP.double(), index_BP, row_B1))
+        piece_BM[:, sum(widths) : sum(widths) + piece_BP.shape[1]] = piece_BP
+        widths.append(piece_BP.shape[1])
+    return length_BS, torch.split(piece_BM[:, : sum(widths)], widths, dim=1)
+
+
+def _candidates(logits_BM: Tensor, pieces: tuple[Tensor, ...], is_hit_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and logit (B, C) of the drawable positions in the pieces that were hit."""
+    rows, indices, logits = [], [], []
+    for (part_BP, index_BP), piece_BP in zip(_indexed_blocks(logits_BM), pieces, strict=True):
+        is_candidate_BP = is_hit_BS.gather(1, piece_BP.long()) & (part_BP > _NEGATIVE_INFINITY)
+        row, column = is_candidate_BP.nonzero(as_tuple=True)
+        rows.append(row)
+        indices.append(index_BP[row, column])
+        logits.append(part_BP[row, column].double())
+    return _by_row(torch.cat(rows), torch.cat(indices), torch.cat(logits), len(logits_BM))
 
 
 def inclusion_units(logits_BM: Tensor, num_samples: int) -> tuple[Tensor, int]:

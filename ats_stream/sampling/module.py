@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ats_stream.errors import InputError
 from ats_stream.sampling.attention import attention_logits, log_attention
-from ats_stream.sampling.draw import Draw, draw
+from ats_stream.sampling.draw import draw
+from ats_stream.sampling.drawn import Draw
 from ats_stream.sampling.expectation import expectation
 from ats_stream.sampling.geometry import Geometry, geometry_from_receptive_field, patch_offsets
 from ats_stream.sampling.patches import (

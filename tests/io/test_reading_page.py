@@ -15,7 +15,7 @@ from ats_stream.io import (
     layout,
     omezarr,
     open_pyramid,
-    pyramid,
+    reader,
     remote,
     retry,
     zip_store,
@@ -62,7 +62,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     for what, number in {
         "pixels, or chunks, of a level": layout.MAX_LEVEL_PX,
         "chunks in a shard": layout.MAX_CHUNKS_PER_SHARD,
-        "pieces of chunks in one read": pyramid.MAX_PIECES,
+        "pieces of chunks in one read": reader.MAX_PIECES,
     }.items():
         base, power = rows[what].split("^")
         assert int(base) ** int(power) == number

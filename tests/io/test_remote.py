@@ -142,7 +142,7 @@ def test_credentials_in_a_url_are_used_and_never_shown(folder, serve):
     url = server.url.replace("//", "//me:pass%20word@") + "/a slide.zarr"
     pyramid = open_pyramid(url)
     assert pyramid.slide == f"{server.url}/a slide.zarr"
-    seen = [repr(pyramid), repr(pyramid._sources[0].store), pyramid.slide]
+    seen = [repr(pyramid), repr(pyramid._reader.sources[0].store), pyramid.slide]
     server.fault = lambda path, count: 400
     for action in (lambda: pyramid.read(0), lambda: open_pyramid(url)):
         with pytest.raises(SlideError) as caught:

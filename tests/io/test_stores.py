@@ -171,7 +171,7 @@ def test_core_codecs_are_read_directly(tmp_path, picture, cut, shards):
     # one channel per chunk, so that chunks are cut along that axis too
     group = make_store(tmp_path / "a", image, chunks=(1, 16, 16), shards=shards, **CUTS[cut])
     pyramid = compare(tmp_path / "a", group)
-    assert isinstance(pyramid._sources[0], StoreSource)
+    assert isinstance(pyramid._reader.sources[0], StoreSource)
 
 
 @pytest.mark.parametrize("cut", V2_CUTS)
@@ -185,7 +185,7 @@ def test_zarr_v2_is_read_directly(tmp_path, picture, cut):
     attributes = ngff.build_image(name="s", axes="cyx", paths=["0"], downsamples=[(1, 1)], pixel_size_um=None)
     group.attrs.update({"multiscales": [{**attributes["ome"]["multiscales"][0], "version": "0.4"}]})
     pyramid = compare(tmp_path / "a", group)
-    assert isinstance(pyramid._sources[0], StoreSource)
+    assert isinstance(pyramid._reader.sources[0], StoreSource)
     np.testing.assert_array_equal(pyramid.read(0), image)
 
 
@@ -220,7 +220,7 @@ def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypa
         again.read(0)
         copy = pickle.loads(pickle.dumps(again))
         np.testing.assert_array_equal(copy.read(0), image)
-    assert isinstance(pyramid._sources[0], ZarrSource)
+    assert isinstance(pyramid._reader.sources[0], ZarrSource)
     # of a remote store the size of a chunk would take a request more
     assert again.read_stats(0).stored_bytes == (0 if "://" in str(path) else nbytes)
     # once per process and codec, whatever the number of images
