@@ -123,9 +123,9 @@ def entry_line(entry: ManifestEntry) -> bytes:
     return _line({"key": entry.key, "bytes": entry.nbytes, "crc32c": entry.crc32c})
 
 
-def complete_line(num_objects: int) -> bytes:
-    """The last line."""
-    return _line({"complete": True, "objects": num_objects})
+def complete_line(num_objects: int, checksum: int) -> bytes:
+    """The last line; ``checksum`` is the crc32c of all bytes before it."""
+    return _line({"complete": True, "objects": num_objects, "crc32c": f"{checksum:08x}"})
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
@@ -144,8 +144,10 @@ def parse_manifest(data: bytes) -> Manifest:
     header = _header(_parsed(1, lines[0]))
     entries: dict[str, ManifestEntry] = {}
     is_complete = False
+    checksum = google_crc32c.value(lines[0] + b"\n")
     for number, line in enumerate(lines[1:], start=2):
         content = _parsed(number, line)
+        before, checksum = checksum, google_crc32c.extend(checksum, line + b"\n")
         is_complete = content.get("complete") is True
         if is_complete:
             if content.get("objects") != len(entries):
@@ -153,6 +155,9 @@ def parse_manifest(data: bytes) -> Manifest:
                     f"broken manifest: line {number} counts {content.get('objects')} objects, "
                     f"before it are {len(entries)}"
                 )
+            # to the letter: nothing else covers this line itself
+            if line + b"\n" != complete_line(len(entries), before):
+                raise ValueError(f"broken manifest: line {number} has not the checksum of those before it")
             continue
         entry = _entry(number, content)
         entries[entry.key] = entry

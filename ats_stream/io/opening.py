@@ -61,22 +61,33 @@ def open_pyramid(
     if axes is not None or pixel_size_um is not None:
         raise InputError("axes and pixel_size_um are for arrays; files state their own")
     text = os.fspath(source)
+    is_file = "://" not in text and Path(text).is_file() and not _is_zip(text)
+    if is_file and not storage_options:
+        from ats_stream.io.slide_pyramid import open_file
+
+        return open_file(Path(text), cache_bytes=cache_bytes, num_threads=num_threads)
+    return open_inside(open_store(text, storage_options), "", **options)
+
+
+def open_store(place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """A folder, zip file or URL as a store of keys; SlideError for anything else."""
+    text = os.fspath(place)
     if "://" in text:
-        return open_inside(_remote_store(text, storage_options), "", **options)
+        return _remote_store(text, storage_options)
     if storage_options:
         raise SlideError(text, "storage options are for URLs, got a path")
     path = Path(text)
     if not path.exists():
         raise SlideError(text, "no such file or folder")
-    if path.is_file() and path.suffix.lower() == ".zip":
-        return open_inside(_zip_store(LocalStore(path.parent), path.name, text), "", **options)
-    if path.is_file():
-        from ats_stream.io.slide_pyramid import open_file
-
-        return open_file(path, cache_bytes=cache_bytes, num_threads=num_threads)
+    if path.is_file() and _is_zip(text):
+        return _zip_store(LocalStore(path.parent), path.name, text)
     if not path.is_dir():
-        raise SlideError(text, "neither an OME-Zarr folder nor a file")
-    return open_inside(LocalStore(path), "", **options)
+        raise SlideError(text, "neither an OME-Zarr folder nor a file that can be read")
+    return LocalStore(path)
+
+
+def _is_zip(name: str) -> bool:
+    return name.lower().endswith(".zip")
 
 
 def open_inside(store: Store, prefix: str, *, cache_bytes: int, num_threads: int) -> Pyramid:
@@ -93,7 +104,7 @@ def _remote_store(url: str, storage_options: Mapping[str, Any] | None) -> Store:
     from ats_stream.io.remote import ObjectStore, shown
 
     outer, _, name = url.rstrip("/").rpartition("/")
-    is_zip = name.lower().endswith(".zip")
+    is_zip = _is_zip(name)
     try:
         store = ObjectStore(outer if is_zip else url, storage_options)
     except (InputError, ValueError) as error:

@@ -74,6 +74,11 @@ class Pyramid:
         return self._info.levels
 
     @property
+    def sources(self) -> tuple[ChunkSource, ...]:
+        """Where the chunks of each level come from."""
+        return self._reader.sources
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes of every level, ``c`` first."""
         return self._info.axes

@@ -6,10 +6,13 @@ is there. Shape letters: C channels, Y rows, X columns.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Array = npt.NDArray[Any]
 # the narrowest type that holds four values of the key
@@ -76,19 +79,29 @@ def shrink(block_CYX: Array, factor: int) -> Array:
     >>> shrink(np.arange(9, dtype=np.uint8).reshape(1, 3, 3), 3).tolist()
     [[[4]]]
     """
-    dtype = block_CYX.dtype
-    _, height, width = block_CYX.shape
-    starts_y, starts_x = np.arange(0, height, factor), np.arange(0, width, factor)
+    return block_means(block_CYX, (1, factor, factor))
+
+
+def block_means(block: Array, factors: Sequence[int]) -> Array:
+    """Mean of each block of ``factors`` pixels, one factor per axis; the plain version of :func:`halve`.
+
+    >>> block_means(np.array([[0, 1, 7], [2, 4, 9]], np.uint8), (2, 2)).tolist()
+    [[2, 8]]
+    """
+    dtype = block.dtype
     exact = np.float64 if dtype.kind == "f" else np.int64
-    total = np.add.reduceat(block_CYX, starts_y, axis=1, dtype=exact)
-    total = np.add.reduceat(total, starts_x, axis=2)
-    rows = np.minimum(starts_y + factor, height) - starts_y
-    columns = np.minimum(starts_x + factor, width) - starts_x
-    count = rows[:, None] * columns[None, :]
+    total: Array = block
+    count = np.ones((1,) * block.ndim, np.int64)
+    for axis, (size, factor) in enumerate(zip(block.shape, factors, strict=True)):
+        starts = np.arange(0, size, factor)
+        if factor > 1:
+            total = np.add.reduceat(total, starts, axis=axis, dtype=exact)
+        lengths = np.minimum(starts + factor, size) - starts
+        count = count * lengths.reshape([-1 if a == axis else 1 for a in range(block.ndim)])
     if dtype.kind == "f":
         mean: Array = total / count
         return mean.astype(dtype)
-    quotient, rest = np.divmod(total, count)
+    quotient, rest = np.divmod(total.astype(exact, copy=False), count)
     up = (2 * rest > count) | ((2 * rest == count) & (quotient % 2 == 1))
     rounded: Array = quotient + up
     return rounded.astype(dtype)

@@ -14,7 +14,7 @@ from ats_stream.io.retry import RetryPolicy
 from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
 Value = TypeVar("Value")
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
@@ -131,6 +131,20 @@ class ObjectStore:
             return int(self.attempt(key, lambda client: obstore.head(client, key))["size"])
         except MissingKeyError:
             return None
+
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """Some requests, a thousand objects each; web servers have no lists."""
+        import obstore
+
+        if self._url.startswith("http"):
+            raise StoreError(f"web servers do not list what is under {self.shown_url}")
+        pages = self.attempt("the list of objects", lambda client: iter(obstore.list(client)))
+        while True:
+            page = self.attempt("the list of objects", lambda _: next(pages, None))
+            if page is None:
+                return
+            for one in page:
+                yield str(one["path"]), int(one["size"])
 
     def attempt(self, key: str, action: Callable[[Any], Value]) -> Value:
         """Do one request; whatever goes wrong becomes a StoreError of one line without credentials."""

@@ -13,7 +13,7 @@ from ats_stream.io.retry import RetryPolicy
 from ats_stream.io.store_error import StoreError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
     from types import TracebackType
 
 # without O_NONBLOCK, opening a pipe would wait for its writer
@@ -69,6 +69,9 @@ class Store(Protocol):
 
     def size(self, key: str) -> int | None:
         """Number of bytes of a key, None when it is absent."""
+
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """Every key with its number of bytes, in no order; StoreError where keys cannot be listed."""
 
 
 class LocalBlob:
@@ -166,3 +169,15 @@ class LocalStore:
             return None
         with blob:
             return blob.size
+
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """All files, also those in folders behind no link."""
+
+        def refuse(error: OSError) -> None:
+            raise StoreError(f"cannot list {error.filename}: {error.strerror}") from error
+
+        for folder, _, names in os.walk(self.folder, onerror=refuse):
+            inside = os.path.relpath(folder, self.folder).replace(os.sep, "/")
+            for name in names:
+                nbytes = os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118  one call per file
+                yield name if inside == "." else f"{inside}/{name}", nbytes

@@ -17,7 +17,7 @@ from ats_stream.io.retry import with_retries
 from ats_stream.io.store_error import MissingKeyError, StoreError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
 
     from ats_stream.io.stores import Blob, Store
 
@@ -129,6 +129,13 @@ class ZipStore:
         member = directory.members.get(directory.root + key)
         return None if member is None else member.nbytes
 
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """All members in the folder of the image."""
+        directory = self.directory()
+        for name, member in directory.members.items():
+            if name.startswith(directory.root):
+                yield name.removeprefix(directory.root), member.nbytes
+
     def read(self, blob: Blob, start: int, nbytes: int) -> bytes:
         """Bytes of the zip file; if it is gone, that is no absent member."""
         try:
@@ -210,6 +217,11 @@ class ZipBlob:
         """The last bytes, and the size."""
         size = self._member.nbytes
         return self.read(max(0, size - nbytes), min(nbytes, size)), size
+
+    @property
+    def crc32(self) -> int:
+        """The CRC-32 of all bytes, as the directory states it."""
+        return self._member.crc
 
     def whole(self, max_bytes: int) -> bytes:
         """All bytes, checked against the member's CRC-32."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 from ats_stream.errors import SlideError
@@ -29,7 +31,13 @@ HEADER = ManifestHeader(
     pixel_size_um=(None, 0.5),
 )
 ENTRIES = [entry_of("0/zarr.json", [b"{}"]), entry_of("0/c/0/0/0", []), entry_of("zarr.json", [b"a", b"b"])]
-WHOLE = header_line(HEADER) + b"".join(map(entry_line, ENTRIES)) + complete_line(3)
+
+
+def ended(data, num_objects):
+    return data + complete_line(num_objects, google_crc32c.value(data))
+
+
+WHOLE = ended(header_line(HEADER) + b"".join(map(entry_line, ENTRIES)), 3)
 
 
 def test_what_is_written_is_read():
@@ -47,7 +55,7 @@ def test_what_is_written_is_read():
         {"key": "0/zarr.json", "bytes": 2, "crc32c": ENTRIES[0].crc32c},
         {"key": "0/c/0/0/0", "bytes": 0, "crc32c": None},
         {"key": "zarr.json", "bytes": 2, "crc32c": ENTRIES[2].crc32c},
-        {"complete": True, "objects": 3},
+        {"complete": True, "objects": 3, "crc32c": json.loads(WHOLE.splitlines()[-1])["crc32c"]},
     ]
 
 
@@ -65,7 +73,16 @@ def test_the_last_line_of_a_key_wins_and_work_after_the_end_reopens_it():
     found = parse_manifest(WHOLE + entry_line(again))
     assert found.entries["0/c/0/0/0"] == again
     assert not found.is_complete
-    assert parse_manifest(WHOLE + entry_line(again) + complete_line(3)).is_complete
+    assert parse_manifest(ended(WHOLE + entry_line(again), 3)).is_complete
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_no_byte_of_a_whole_manifest_changes_unnoticed(bit):
+    for place in range(len(WHOLE)):
+        changed = bytearray(WHOLE)
+        changed[place] ^= 1 << bit
+        with suppress(ValueError):
+            assert not parse_manifest(bytes(changed)).is_complete
 
 
 @pytest.mark.parametrize(
@@ -81,7 +98,7 @@ def test_the_last_line_of_a_key_wins_and_work_after_the_end_reopens_it():
         (header_line(HEADER) + b'{"key": "a", "bytes": 0, "crc32c": "00000000"}\n', "line 2 describes"),
         (header_line(HEADER) + b'{"key": "a", "bytes": 3, "crc32c": null}\n', "line 2 describes"),
         (header_line(HEADER) + b'{"key": "", "bytes": 0, "crc32c": null}\n', "line 2 describes"),
-        (header_line(HEADER) + complete_line(1), "line 2 counts 1 objects, before it are 0"),
+        (ended(header_line(HEADER), 1), "line 2 counts 1 objects, before it are 0"),
     ],
 )
 def test_a_broken_manifest_says_where(data, says):

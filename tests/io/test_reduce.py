@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ats_stream.io.reduce import halve, halve_labels, shrink
+from ats_stream.io.reduce import block_means, halve, halve_labels, shrink
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32"]
 
@@ -69,3 +69,16 @@ def test_labels_take_the_largest_value(mask):
     height, width = mask.shape
     expected = [[mask[y : y + 2, x : x + 2].max() for x in range(0, width, 2)] for y in range(0, height, 2)]
     np.testing.assert_array_equal(halve_labels(mask), expected)
+
+
+@given(
+    hnp.arrays("int16", st.tuples(*[st.integers(1, 5)] * 4)),
+    st.tuples(*[st.integers(1, 3)] * 4),
+)
+def test_means_of_blocks_along_any_axes_are_exact(block, factors):
+    expected = np.empty([-(-n // f) for n, f in zip(block.shape, factors, strict=True)], block.dtype)
+    for place in np.ndindex(*expected.shape):
+        box = tuple(slice(p * f, (p + 1) * f) for p, f in zip(place, factors, strict=True))
+        values = [int(v) for v in block[box].flat]
+        expected[place] = round(Fraction(sum(values), len(values)))
+    np.testing.assert_array_equal(block_means(block, factors), expected)

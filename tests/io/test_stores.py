@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import warnings
+import zipfile
 
 import numcodecs
 import numpy as np
@@ -14,8 +15,12 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Transpos
 
 from ats_stream.errors import SlideError
 from ats_stream.io import ngff, open_pyramid
+from ats_stream.io.remote import ObjectStore
 from ats_stream.io.sources import StoreSource
+from ats_stream.io.store_error import StoreError
+from ats_stream.io.stores import LocalStore
 from ats_stream.io.zarr_source import ZarrSource
+from ats_stream.io.zip_store import ZipStore
 
 STORES = [
     "galaxy-v05/cyx_uint8.zarr",
@@ -227,3 +232,20 @@ def test_other_codecs_go_through_zarr_python(tmp_path, picture, caplog, monkeypa
     assert [r.message for r in caplog.records] == [
         f"{path}/0: codecs bytes + numcodecs.bz2 are read through zarr-python, which is slower"
     ]
+
+
+def test_stores_list_what_they_hold(tmp_path):
+    folder = tmp_path / "a.zarr"
+    expected = {"zarr.json": 2, "0/zarr.json": 3, "0/c/0/0/0": 7, "labels/m/zarr.json": 1}
+    for key, nbytes in expected.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(b"x" * nbytes)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for key in expected:
+            archive.write(folder / key, f"a.zarr/{key}")
+    assert dict(LocalStore(folder).objects()) == expected
+    assert dict(ZipStore(LocalStore(tmp_path), "a.zip").objects()) == expected
+    with pytest.raises(StoreError, match="cannot list"):
+        list(LocalStore(tmp_path / "none").objects())
+    with pytest.raises(StoreError, match="web servers do not list what is under http://host/a"):
+        list(ObjectStore("http://me:word@host/a").objects())
