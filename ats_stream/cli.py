@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ats_stream import __version__
-from ats_stream.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, AtsStreamError, InputError
+from ats_stream.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    AtsStreamError,
+    InputError,
+    PreemptedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +49,8 @@ archive.csv names each pyramid, its label and its split:
   pyramids/b.ome.zarr,normal,val
 
 'ats-stream demo' shows all of it on real data. 'ats-stream COMMAND --help' explains a command.
-exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted
+exit codes: 0 done, 1 failed, 2 wrong input, 75 resumable (training was saved after SIGTERM: the same command
+goes on), 130 interrupted
 """
 
 
@@ -55,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
+    """Run one command; returns the exit code, as the help tells them."""
     code = _guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
     if argv is None and code == EXIT_INTERRUPTED:
         _leave_at_once(code)
@@ -127,6 +135,8 @@ def _guarded(action: Callable[[], int]) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
+    except PreemptedError as error:
+        return _complain(_one_line(error), error.exit_code)
     except AtsStreamError as error:
         return _complain(f"error: {_one_line(error)}", error.exit_code)
     except BrokenPipeError:

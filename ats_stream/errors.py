@@ -11,6 +11,8 @@ from concurrent.futures import CancelledError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_RESUMABLE = 75
+"""Stopped by SIGTERM with everything saved: the same command goes on (75 is EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 
 
@@ -72,3 +74,23 @@ class ReadCancelledError(AtsStreamError, CancelledError):
 
 class ClusterError(AtsStreamError, RuntimeError):
     """The Ray cluster cannot run what was asked (too few CPUs, no GPU, a worker that keeps dying)."""
+
+
+class PreemptedError(AtsStreamError, RuntimeError):
+    """Training was asked to stop, and has saved all it did: the same command goes on from there.
+
+    >>> str(PreemptedError("runs/a", 12, 40))
+    'runs/a: stopped by SIGTERM after step 12 of 40; the same command goes on from there'
+    """
+
+    exit_code = EXIT_RESUMABLE
+
+    def __init__(self, run_dir: str, step: int, num_steps: int) -> None:
+        super().__init__(run_dir, step, num_steps)
+        self.run_dir = run_dir
+        self.step = step
+        self.num_steps = num_steps
+
+    def __str__(self) -> str:
+        reached = f"after step {self.step} of {self.num_steps}"
+        return f"{self.run_dir}: stopped by SIGTERM {reached}; the same command goes on from there"

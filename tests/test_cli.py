@@ -13,7 +13,7 @@ import pytest
 
 import ats_stream
 from ats_stream import cli
-from ats_stream.errors import ClusterError, SlideError
+from ats_stream.errors import ClusterError, PreemptedError, SlideError
 from ats_stream.models import ModelConfig
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def test_help_names_every_command_and_each_has_help(capsys: pytest.CaptureFixtur
         text = capsys.readouterr().out
         assert f"ats-stream {command} " in text
         assert "--out" in text or command == "info"
+    assert "75 resumable" in overview
     assert "130 interrupted" in overview
 
 
@@ -118,6 +119,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         (ClusterError("no GPU"), 1, "error: no GPU"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a"), 1, "error: a: No space left on device"),
         (MemoryError("1 PiB"), 1, "error: out of memory: 1 PiB"),
+        (PreemptedError("r", 2, 9), 75, str(PreemptedError("r", 2, 9))),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -9,7 +9,8 @@ wide) and --patches patches of full resolution, drawn from its own attention. A 
 view, such as --view-downsample 8.
 
 The run folder receives config.yaml, metrics.jsonl, checkpoints/ and tensorboard/. The same command again
-takes an interrupted run up at its last checkpoint.
+takes an interrupted run up at its last checkpoint. SIGTERM saves the run after the step under way and ends it
+with exit code 75: the same command goes on from there, with the numbers of a run that was never stopped.
 
   ats-stream train archive.csv --out runs/two-ranks --executor ray --ranks 2
 
@@ -139,8 +140,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ats_stream.models import ModelConfig
     from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig, train
     from ats_stream.workers.checkpoint import latest_checkpoint
+    from ats_stream.workers.preemption import StopRequest
     from ats_stream.workers.sampler import view_level
 
+    stop = StopRequest()
     check_out(Path(arguments.out), empty=False)
     # what the options alone decide is checked before any file is opened
     trainer = config_from(arguments, TrainerConfig)
@@ -162,9 +165,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
         print(f"going on from {before}", flush=True)
-    with EpochLines(trainer.num_epochs) as lines:
+    with EpochLines(trainer.num_epochs) as lines, stop.on_sigterm():
         result = train(
-            archive, arguments.out, config, cluster, on_record=lines.on_record, on_step=lines.on_step
+            archive,
+            arguments.out,
+            config,
+            cluster,
+            on_record=lines.on_record,
+            on_step=lines.on_step,
+            stop=stop,
         )
     accuracies = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
     score = f", validation accuracy {accuracies[-1]:.3f}" if accuracies else ""

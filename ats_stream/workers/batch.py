@@ -12,7 +12,7 @@ from ats_stream.models import Batch
 from ats_stream.sampling import effective_sample_share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -70,9 +70,19 @@ class Evaluated:
     """Attention of the drawn positions, float32."""
 
 
-def evaluate(model: PatchClassifier, stream: Stream, device: torch.device) -> Iterator[Evaluated]:
-    """Run a model over a stream; visits of share 0, which only fill a batch, are left out."""
+def evaluate(
+    model: PatchClassifier,
+    stream: Stream,
+    device: torch.device,
+    *,
+    before_step: Callable[[], None] = lambda: None,
+) -> Iterator[Evaluated]:
+    """Run a model over a stream; visits of share 0, which only fill a batch, are left out.
+
+    ``before_step`` is called before each step, the same number of times in all ranks.
+    """
     while stream.step < stream.plan.num_steps:
+        before_step()
         items = stream.next_step()
         model.eval()
         # closed before each yield: the mode belongs to the thread, so to whoever receives what is yielded

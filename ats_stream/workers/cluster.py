@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ats_stream.errors import AtsStreamError, ClusterError
+from ats_stream.errors import AtsStreamError, ClusterError, PreemptedError
 from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.metrics import MetricsFollower, read_progress
+from ats_stream.workers.preemption import keep_sigterm
 from ats_stream.workers.trainer import TrainJob, train_rank
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ats_stream.models import PatchClassifier
     from ats_stream.workers.config import ClusterConfig
     from ats_stream.workers.metrics import Record
+    from ats_stream.workers.preemption import StopRequest
+    from ats_stream.workers.ray_backend import StopSign
 
 POLL_INTERVAL_S = 0.3
 CONNECT_TIMEOUT_S = 10.0
@@ -45,7 +48,8 @@ def ray_cluster(config: ClusterConfig, *, cpus_needed: float) -> Iterator[None]:
 
     owned = not ray.is_initialized()
     if owned:
-        _connect(config, cpus_needed)
+        with keep_sigterm():
+            _connect(config, cpus_needed)
     try:
         _check_resources(config, cpus_needed)
         yield
@@ -114,9 +118,13 @@ def _check_resources(config: ClusterConfig, cpus_needed: float) -> None:
 class RayRanks:
     """This process as a rank of Ray Train."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_sign: str) -> None:
         import ray.train
         import ray.train.torch
+
+        from ats_stream.workers.ray_backend import RANK_STOP, StopSign
+
+        self._sign, self._stop = StopSign(stop_sign), RANK_STOP
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -142,12 +150,22 @@ class RayRanks:
 
         ray.train.report(numbers)
 
+    def must_stop(self) -> bool:
+        """Whether any rank got SIGTERM, or the driver did, which tells the first one."""
+        asked = self._stop.asked or (self.rank == 0 and self._sign.is_up())
+        return bool(self.total(torch.tensor([float(asked)])) > 0)
 
-def _ray_rank(loop_config: dict[str, Any]) -> None:
+
+def _ray_rank(loop_config: dict[str, Any]) -> tuple[int, int] | None:
+    """Train; a stop comes back as (step, number of steps): an exception would have Ray Train start again."""
     job: TrainJob = loop_config["job"]
     torch.set_num_threads(job.cluster.threads_per_rank)
     keep_freed_memory()
-    train_rank(job, RayRanks())
+    try:
+        train_rank(job, RayRanks(loop_config["stop_sign"]))
+    except PreemptedError as stopped:
+        return stopped.step, stopped.num_steps
+    return None
 
 
 def fit_with_ray(
@@ -155,6 +173,7 @@ def fit_with_ray(
     run_dir: Path,
     on_record: Callable[[Record], None],
     on_step: Callable[[int, int], None],
+    stop: StopRequest,
 ) -> None:
     """Run the training loop in ``num_ranks`` processes of Ray Train, and follow its metrics.
 
@@ -162,28 +181,34 @@ def fit_with_ray(
     ranks.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from ats_stream.workers.ray_backend import StoppableTorchConfig, StopSign
 
     cluster = job.cluster
+    name = f"{RAY_TRAIN_NAME}-{time.time_ns()}"
+    sign = StopSign(name)
     resources = {"CPU": cluster.cpus_per_rank}
     if cluster.use_gpu:
         resources["GPU"] = 1
     trainer = TorchTrainer(
-        _ray_rank,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        _ray_rank,  # type: ignore[arg-type]  # Ray hands back what it returns, and types it as returning nothing
+        train_loop_config={"job": job, "stop_sign": name},
+        torch_config=StoppableTorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_ranks, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=f"{RAY_TRAIN_NAME}-{time.time_ns()}",
+            name=name,
             storage_path=str(run_dir.absolute()),  # a relative one is taken for a URL
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    failure = _fit_in_thread(trainer, run_dir, on_record, on_step)
-    if failure is not None:
-        raise _in_our_words(failure) from failure
+    outcome = _fit_in_thread(trainer, run_dir, on_record, on_step, stop, sign)
+    if isinstance(outcome, BaseException):
+        raise _in_our_words(outcome) from outcome
+    if outcome is not None:
+        raise PreemptedError(job.run_dir, *outcome)
 
 
 def _fit_in_thread(
@@ -191,24 +216,30 @@ def _fit_in_thread(
     run_dir: Path,
     on_record: Callable[[Record], None],
     on_step: Callable[[int, int], None],
-) -> BaseException | None:
-    """Fit beside the main thread, which shows the metrics and stays open to Ctrl-C.
+    stop: StopRequest,
+    sign: StopSign,
+) -> tuple[int, int] | BaseException | None:
+    """Fit beside the main thread, which shows the metrics and stays open to Ctrl-C and SIGTERM.
 
     In the main thread Ray Train would put a handler of its own on Ctrl-C that ends in exit code 0.
     """
-    failures: list[BaseException] = []
+    outcomes: list[tuple[int, int] | BaseException | None] = []
 
     def fit() -> None:
         try:
-            trainer.fit()
+            outcomes.append(trainer.fit().return_value)
         except BaseException as error:
-            failures.append(error)
+            outcomes.append(error)
 
     follower = MetricsFollower(run_dir)
     thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
     thread.start()
+    told = False
     while True:
         thread.join(POLL_INTERVAL_S)
+        if stop.asked and not told:
+            sign.put_up()
+            told = True
         has_ended = not thread.is_alive()  # asked before reading, so that no record is missed
         for record in follower.new_records():
             on_record(record)
@@ -216,7 +247,9 @@ def _fit_in_thread(
         if progress is not None:
             on_step(*progress)
         if has_ended:
-            return failures[0] if failures else None
+            if told:
+                sign.take_down()
+            return outcomes[0]
 
 
 def _in_our_words(failure: BaseException) -> AtsStreamError:

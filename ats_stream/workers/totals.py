@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ats_stream.workers.trainer import Ranks
+    from ats_stream.workers.ranks import Ranks
 
 
 class Totals:

@@ -11,13 +11,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from ats_stream.errors import CheckpointError
+from ats_stream.errors import CheckpointError, PreemptedError
 from ats_stream.files import sha256_of
 from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import collate, effective_share, evaluate
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ats_stream.workers.executors import Executor
     from ats_stream.workers.protocol import Item
+    from ats_stream.workers.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,52 +68,16 @@ def check_resumable(state: Mapping[str, Any], job: TrainJob) -> None:
         )
 
 
-class Ranks(Protocol):
-    """What a rank needs of the others."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def wrap(self, model: PatchClassifier) -> nn.Module:
-        """The model with gradients averaged over the ranks."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks."""
-
-    def report(self, numbers: dict[str, float]) -> None:
-        """Tell the outside, all ranks together."""
-
-
-class Alone:
-    """The only rank there is."""
-
-    rank = 0
-    world_size = 1
-    device = torch.device("cpu")
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cpu")
-
-    def wrap(self, model: PatchClassifier) -> nn.Module:
-        """The model itself."""
-        return model
-
-    def total(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
-
-    def report(self, numbers: dict[str, float]) -> None:
-        """Nobody listens."""
-
-
 def train_rank(
     job: TrainJob,
     ranks: Ranks,
     on_record: Callable[[Record], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run folder, or from the start, to the last step."""
+    """Train from the newest checkpoint of the run folder, or from the start, to the last step.
+
+    Raises PreemptedError, in all ranks, after a stop was asked of one of them and what was done is saved.
+    """
     executor = make_executor(
         job.cluster.executor,
         job.slides,
@@ -165,6 +130,8 @@ class RankTrainer:
             self.optimiser, lambda step: _lr_factor(step, self.plan.num_steps, config.decay_share)
         )
         self.totals = Totals()
+        self._saved_step = 0
+        self._epoch_is_open = False  # a stop came between the last step of an epoch and the epoch's end
         self.stream = self._stream(start_step=0)
         self.stream.publish(0, self.model.attention)
 
@@ -205,12 +172,16 @@ class RankTrainer:
         needed = self.plan.version_of(self.stream.step)
         if needed not in self.stream.versions:
             raise ValueError(f"version {needed} of the attention is not in it")
-        if self.ranks.rank == 0:  # they are sums over all ranks
-            self.totals = Totals(state["totals"])
+        self._saved_step = self.stream.step
+        self._epoch_is_open = bool(state["totals"]) and self.stream.step % self.plan.steps_per_epoch == 0
+        # they are sums over all ranks, so one rank takes them and the others begin at nothing
+        first = self.ranks.rank == 0
+        self.totals = Totals(state["totals"] if first else dict.fromkeys(state["totals"], 0.0))
 
     def checkpoint(self) -> None:
         """Save everything that moves (rank 0; of all but the totals the other ranks hold the same)."""
         totals = self.totals.over(self.ranks)
+        self._saved_step = self.stream.step
         if self.ranks.rank:
             return
         versions = {
@@ -234,25 +205,44 @@ class RankTrainer:
     def run(self, log: MetricsLog | None) -> None:
         """Train to the last step, with metrics and a checkpoint at the end of each epoch."""
         interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
+        if self._epoch_is_open:
+            self._end_epoch(log)
         while self.stream.step < self.plan.num_steps:
+            self._leave_if_asked()
             self.totals.add(self.step())
             step = self.stream.step
             if log is not None:
                 log.progress(step, self.plan.num_steps)
-            epoch_ends = step % self.plan.steps_per_epoch == 0
-            if epoch_ends:
-                train = self.totals.numbers(self.ranks)
-                epoch = step // self.plan.steps_per_epoch
-                lr = float(self.scheduler.get_last_lr()[0])
-                val = self.validate()
-                if log is not None:
-                    log.write("train", step, {"epoch": epoch, **train, "lr": lr})
-                    if val:
-                        log.write("val", step, {"epoch": epoch, **val})
-                self.totals = Totals()
-            if epoch_ends or step % interval == 0:
-                self.checkpoint()
-                self.ranks.report({"step": step})
+            if step % self.plan.steps_per_epoch == 0:
+                self._end_epoch(log)
+            elif step % interval == 0:
+                self._save()
+
+    def _end_epoch(self, log: MetricsLog | None) -> None:
+        """Validate, write the metrics, and save."""
+        step = self.stream.step
+        epoch = step // self.plan.steps_per_epoch
+        train = self.totals.numbers(self.ranks)
+        lr = float(self.scheduler.get_last_lr()[0])
+        val = self.validate()
+        if log is not None:
+            log.write("train", step, {"epoch": epoch, **train, "lr": lr})
+            if val:
+                log.write("val", step, {"epoch": epoch, **val})
+        self.totals = Totals()
+        self._save()
+
+    def _save(self) -> None:
+        self.checkpoint()
+        self.ranks.report({"step": self.stream.step})
+
+    def _leave_if_asked(self) -> None:
+        """Save and raise PreemptedError if any rank was asked to stop; all ranks ask together."""
+        if not self.ranks.must_stop():
+            return
+        if self._saved_step != self.stream.step:
+            self._save()
+        raise PreemptedError(self.job.run_dir, self.stream.step, self.plan.num_steps)
 
     def step(self) -> dict[str, float]:
         """One optimiser step; the sums that the metrics are made of."""
@@ -308,7 +298,7 @@ class RankTrainer:
         )
         stream.publish(0, self.model.attention)
         sums = torch.zeros(3, dtype=torch.float64)
-        for seen in evaluate(self.model, stream, self.ranks.device):
+        for seen in evaluate(self.model, stream, self.ranks.device, before_step=self._leave_if_asked):
             probability = float(seen.probability_K[seen.item.label])
             right = float(seen.probability_K.argmax() == seen.item.label)
             sums += torch.tensor([1.0, -math.log(max(probability, 1e-12)), right], dtype=torch.float64)

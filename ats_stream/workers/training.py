@@ -12,7 +12,9 @@ from ats_stream.errors import ArchiveError, InputError, TargetExistsError
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
 from ats_stream.workers.metrics import Record, keep_metrics, read_metrics
-from ats_stream.workers.trainer import Alone, TrainJob, check_resumable, train_rank
+from ats_stream.workers.preemption import StopRequest
+from ats_stream.workers.ranks import Alone
+from ats_stream.workers.trainer import TrainJob, check_resumable, train_rank
 
 if TYPE_CHECKING:
     import os
@@ -40,16 +42,19 @@ def train(
     *,
     on_record: Callable[[Record], None] = lambda _record: None,
     on_step: Callable[[int, int], None] = lambda _step, _num_steps: None,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
 
     ``on_record`` sees each record of the metrics as it is written, ``on_step`` how many steps are done, of
-    how many. Raises ArchiveError for an empty split,
+    how many. A ``stop`` that is asked ends the run between two steps, saved. Raises PreemptedError then (with
+    ranks under Ray Train also after a SIGTERM to one of them), ArchiveError for an empty split,
     InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
     folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
     that cannot be read.
     """
     cluster = cluster or ClusterConfig()
+    stop = stop or StopRequest()
     run = Path(run_dir)
     check_world(config.trainer.batch_size, cluster.world_size)
     job = _job(archive, run, config, cluster)
@@ -60,9 +65,9 @@ def train(
         per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
         with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
             _prepare(run, job, start_step)
-            fit_with_ray(job, run, on_record, on_step)
+            fit_with_ray(job, run, on_record, on_step, stop)
     else:
-        alone = Alone(_device(cluster))
+        alone = Alone(_device(cluster), stop)
         _prepare(run, job, start_step)
         train_rank(job, alone, on_record, on_step)
     return TrainResult(run, find_checkpoint(run), read_metrics(run))

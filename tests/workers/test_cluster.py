@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
-from tiny import run_config, without_clock
+from tiny import SAMPLER, run_config, without_clock
 
-from ats_stream.errors import ClusterError, SlideError
+from ats_stream.errors import ClusterError, PreemptedError, SlideError
 from ats_stream.workers import ClusterConfig, train
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
 from ats_stream.workers.cluster import ray_cluster
@@ -28,8 +28,19 @@ if TYPE_CHECKING:
 
 # Ray Train makes a context of Ray Data, which warns of old defaults of its own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
-# long enough for a kill at the first record to come before the end
-CONFIG = run_config(num_epochs=6, lag=1)
+# each epoch's end waits for Ray Train's health check, so a signal at an early record comes before the end
+NUM_EPOCHS = 16
+CONFIG = dataclasses.replace(
+    run_config(num_epochs=NUM_EPOCHS, lag=1),
+    sampler=dataclasses.replace(SAMPLER, seed=5),  # --seed is for both
+)
+# the same, and where it runs, as options of the command
+OPTIONS = (
+    *("--epochs", str(NUM_EPOCHS), "--batch-size", "4", "--lag", "1", "--seed", "5", "--lr", "3e-3"),
+    *("--patches", "4", "--patch-px", "48", "--prior", "foreground", "--entropy-weight", "0.01"),
+    *("--attention-width", "4", "--feature-width", "8"),
+    *("--executor", "ray", "--cpus-per-rank", "0.5", "--cpus-per-sampler", "0.25", "--out", "run"),
+)
 TWO_RANKS = ClusterConfig(
     executor="ray", num_ranks=2, cpus_per_rank=0.5, cpus_per_sampler=0.25, samplers_per_rank=1
 )
@@ -51,13 +62,13 @@ def test_two_ranks_train_the_model_of_one_process(
 ) -> None:
     result, seen = two_ranks
     serial = train(archive, tmp_path / "serial", CONFIG)
-    assert result.checkpoint.name == serial.checkpoint.name == "step-00000012.pt"
+    assert result.checkpoint.name == serial.checkpoint.name == f"step-{2 * NUM_EPOCHS:08d}.pt"
     mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(serial.checkpoint)
     for name, weight in reference["model"].items():
         torch.testing.assert_close(mine["model"][name], weight, rtol=1e-5, atol=1e-5)
     assert seen == result.metrics
     records, wanted = without_clock(result.metrics), without_clock(serial.metrics)
-    assert len(records) == len(wanted) == 12
+    assert len(records) == len(wanted) == 2 * NUM_EPOCHS
     for record, other in zip(records, wanted, strict=True):
         assert record.pop("phase") == other.pop("phase")
         assert record == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -130,19 +141,21 @@ def test_a_cluster_too_small_is_refused_before_anything_is_written(
     assert ray_local.is_initialized()  # a cluster that was there before stays
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Archive, tmp_path: Path) -> None:
-    where = ("--executor", "ray", "--cpus-per-rank", "0.5", "--cpus-per-sampler", "0.5")
-    what = ("--patches", "4", "--patch-px", "48", "--batch-size", "4", "--epochs", "100000", "--out", "run")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ats_stream.cli", "train", archive.path, *what, *where],
-        cwd=tmp_path,
+def start_command(archive: Archive, folder: Path) -> subprocess.Popen[str]:
+    """The command as a user starts it, with a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ats_stream.cli", "train", archive.path, *OPTIONS],
+        cwd=folder,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def signal_after_an_epoch(process: subprocess.Popen[str], number: int) -> str:
+    """Send a signal after the first epoch; all processes must end. Returns what the command complained of."""
     assert process.stdout is not None
     children: list[psutil.Process] = []
     try:
@@ -151,10 +164,8 @@ def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Arch
                 break
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("TrainWorker" in " ".join(child.cmdline()) for child in children)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, complaint = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert complaint == "ats-stream: interrupted\n"
         _, left = psutil.wait_procs(children, timeout=30)
         assert [child.cmdline() for child in left] == []
     finally:
@@ -162,5 +173,38 @@ def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Arch
         for child in children:
             if child.is_running():
                 child.kill()
+    return complaint
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Archive, tmp_path: Path) -> None:
+    process = start_command(archive, tmp_path)
+    assert signal_after_an_epoch(process, signal.SIGINT) == "ats-stream: interrupted\n"
+    assert process.returncode == 130
     # and the run can be taken up
     assert find_checkpoint(tmp_path / "run").name.startswith("step-")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_and_to_a_rank_changes_no_bit(
+    archive: Archive, two_ranks: tuple[TrainResult, list[Any]], tmp_path: Path
+) -> None:
+    process = start_command(archive, tmp_path)
+    complaint = signal_after_an_epoch(process, signal.SIGTERM)
+    first = load_checkpoint(find_checkpoint(tmp_path / "run"))["step"]
+    assert process.returncode == 75, complaint
+    assert f"stopped by SIGTERM after step {first} of {2 * NUM_EPOCHS}; the same command" in complaint
+    assert complaint.count("\n") == 1
+
+    def ask_a_rank(record: Any) -> None:
+        if record["phase"] == "train":
+            os.kill(ranks_of_train()[-1].pid, signal.SIGTERM)
+
+    with pytest.raises(PreemptedError) as caught:
+        train(archive, tmp_path / "run", CONFIG, TWO_RANKS, on_record=ask_a_rank)
+    assert 2 <= first < caught.value.step < 2 * NUM_EPOCHS
+    result = train(archive, tmp_path / "run", CONFIG, TWO_RANKS)
+    mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(two_ranks[0].checkpoint)
+    for name, weight in reference["model"].items():
+        assert torch.equal(mine["model"][name], weight), name
+    assert without_clock(result.metrics) == without_clock(two_ranks[0].metrics)

@@ -11,37 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tiny import run_config, table, without_clock
+from tiny import make_job, run_config, without_clock
 
 from ats_stream.demo.digits import DigitsConfig, Scene, write_scene
 from ats_stream.errors import CheckpointError
 from ats_stream.io import read_archive, write_archive
-from ats_stream.workers import ClusterConfig, RunConfig
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from ats_stream.workers.executors import make_executor
 from ats_stream.workers.metrics import read_metrics
-from ats_stream.workers.trainer import Alone, RankTrainer, TrainJob, train_rank
+from ats_stream.workers.ranks import Alone
+from ats_stream.workers.trainer import RankTrainer, TrainJob, train_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ats_stream.io import Archive
-
-
-def make_job(archive: Archive, run_dir: Path, config: RunConfig, **cluster: Any) -> TrainJob:
-    slides, labels = table(archive)
-    rows = {
-        split: tuple(i for i, row in enumerate(archive) if row.split == split) for split in ("train", "val")
-    }
-    return TrainJob(
-        run_dir=str(run_dir),
-        config=config,
-        cluster=ClusterConfig(**cluster),
-        slides=slides,
-        labels=labels,
-        train_rows=rows["train"],
-        val_rows=rows["val"],
-    )
 
 
 def make_trainer(job: TrainJob) -> RankTrainer:

@@ -11,6 +11,7 @@ import torch
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.workers import (
     AttentionWeights,
+    ClusterConfig,
     Item,
     PatchSampler,
     RunConfig,
@@ -18,8 +19,11 @@ from ats_stream.workers import (
     TrainerConfig,
     Visit,
 )
+from ats_stream.workers.trainer import TrainJob
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ats_stream.io import Archive
 
 MODEL = ModelConfig(num_classes=2, attention_width=4, feature_width=8)
@@ -37,6 +41,23 @@ def run_config(**trainer: Any) -> RunConfig:
 def table(archive: Archive) -> tuple[list[str], list[int]]:
     """Slides and class numbers of an archive."""
     return [row.slide for row in archive], [archive.class_index(row) for row in archive]
+
+
+def make_job(archive: Archive, run_dir: Path, config: RunConfig, **cluster: Any) -> TrainJob:
+    """All that a rank needs to know to train on the archive."""
+    slides, labels = table(archive)
+    rows = {
+        split: tuple(i for i, row in enumerate(archive) if row.split == split) for split in ("train", "val")
+    }
+    return TrainJob(
+        run_dir=str(run_dir),
+        config=config,
+        cluster=ClusterConfig(**cluster),
+        slides=slides,
+        labels=labels,
+        train_rows=rows["train"],
+        val_rows=rows["val"],
+    )
 
 
 def make_sampler(archive: Archive, model: ModelConfig = MODEL, **changed: Any) -> PatchSampler:
