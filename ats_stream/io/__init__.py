@@ -19,9 +19,11 @@ from ats_stream.io.pyramid import Pyramid, read_batch
 from ats_stream.io.pyramid_info import Level
 from ats_stream.io.slides import open_slide
 from ats_stream.io.tissue import tissue_mask
+from ats_stream.io.views import VIEW_CACHE_BYTES
 from ats_stream.io.writer import PyramidWriter
 
 __all__ = [
+    "VIEW_CACHE_BYTES",
     "Archive",
     "ArchiveRow",
     "Channel",

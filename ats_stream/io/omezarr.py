@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +148,10 @@ def _open_level(metadata: Metadata, folder: str, name: str, axes: AxisMap) -> Ch
         zarr_format, layout = meta.get("zarr_format"), None
         if zarr_format in (2, 3):
             layout = parse_array_json(meta) if zarr_format == 3 else parse_array_v2(meta)
+        digest = sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
         if layout is None:
-            return ZarrSource.open(metadata.store, folder, axes)
-        return StoreSource(metadata.store, folder, layout, axes)
+            return ZarrSource.open(metadata.store, folder, axes, digest)
+        return StoreSource(metadata.store, folder, layout, axes, digest)
     except ValueError as error:
         raise ValueError(f"level {name!r}: {error}") from error
 

@@ -15,10 +15,11 @@ import numpy.typing as npt
 from ats_stream.errors import InputError
 from ats_stream.io.reader import LevelReader, merged, read_parts
 from ats_stream.io.reduce import shrink
+from ats_stream.io.views import VIEW_CACHE_BYTES, VIEWS, fingerprint, frozen
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from ats_stream.io.fetch import ReadStats
     from ats_stream.io.ngff import Channel
@@ -50,6 +51,7 @@ class Pyramid:
     ) -> None:
         """``store`` holds the label images."""
         self._info, self._store = info, store
+        self._labels: dict[str, Pyramid] = {}
         self._reader = LevelReader(
             info.slide, info.levels, sources, cache_bytes=cache_bytes, num_threads=num_threads
         )
@@ -99,18 +101,21 @@ class Pyramid:
         return tuple(name for name, _ in self._info.labels)
 
     def label(self, name: str) -> Pyramid:
-        """Open one label image as a pyramid of one integer channel; InputError for an unknown name."""
+        """A label image as a pyramid of one integer channel, opened once; InputError for an unknown name."""
         from ats_stream.io.opening import open_inside
 
+        if name in self._labels:
+            return self._labels[name]
         places = dict(self._info.labels)
         if self._store is None or name not in places:
             raise InputError(f"{self.slide}: no label {name!r}, there are {sorted(places)}")
-        return open_inside(
+        opened = open_inside(
             self._store,
             places[name],
             cache_bytes=self._reader.cache_bytes,
             num_threads=self._reader.num_threads,
         )
+        return self._labels.setdefault(name, opened)
 
     @property
     def associated_names(self) -> tuple[str, ...]:
@@ -161,6 +166,29 @@ class Pyramid:
                 f"{self.slide}: box {first} to {last} does not lie in level {target.index} {target.shape}"
             )
         return self._reader.box(target, first, tuple(b - a for a, b in zip(first, last, strict=True)))
+
+    def view(
+        self,
+        level: int | Level,
+        *,
+        cache_bytes: int = VIEW_CACHE_BYTES,
+        derived: tuple[Hashable, Callable[[Array], Array]] | None = None,
+    ) -> Array:
+        """All of a level (C, *space), read-only, from memory if this process has read it before.
+
+        The process keeps the views used last, ``cache_bytes`` of them at most, for all pyramids of the same
+        image; 0 neither takes nor keeps any. A view is read again when the file or any key of the store that
+        holds it has changed: each call asks the file system, or the server by a request of the head of each
+        key. ``derived`` is the name of something else that is made of the pixels, and the function that makes
+        it. Errors as in :meth:`read`.
+        """
+        target = self._reader.level(level)
+        name, make = derived or (None, lambda pixels: pixels)
+        known = fingerprint(self._reader.sources[target.index], target.index) if cache_bytes > 0 else None
+        if known is None:
+            return frozen(make(self.read(target))).view()
+        key, stamp = known
+        return VIEWS.get((key, name), stamp, lambda: make(self._reader.afresh(target)), max_bytes=cache_bytes)
 
     def read_patches(
         self,

@@ -20,6 +20,7 @@ from ats_stream.io.fetch import ChunkCache, ReadJob, ReadStats, read_jobs
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.plan import plan_patches
 from ats_stream.io.sources import ChunkError, ChunkSource, StoreSource
+from ats_stream.io.zarr_source import ZarrSource
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -105,6 +106,17 @@ class LevelReader:
         if out.size:
             read_parts([Part(self, level, np.array([first]), None)], size, 0, out)
         pixels: Array = out[0]
+        return pixels
+
+    def afresh(self, level: Level) -> Array:
+        """All pixels of a level, without use of anything that is remembered of earlier reads."""
+        source = self.sources[level.index]
+        if isinstance(source, (StoreSource, ZarrSource)):
+            source = source.afresh()
+        sources = (*self.sources[: level.index], source, *self.sources[level.index + 1 :])
+        again = LevelReader(self.slide, self.levels, sources, cache_bytes=0, num_threads=self.num_threads)
+        pixels = again.box(level, (0,) * len(level.shape), level.shape)
+        self.count(level, again.stats(level))
         return pixels
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -14,12 +15,14 @@ from ats_stream.io.retry import RetryPolicy
 from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 Value = TypeVar("Value")
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 DEFAULT_TIMEOUT_S = 30.0
 MAX_CONNECT_S = 10.0
+# requests for stamps that are under way at once
+STAMP_REQUESTS = 16
 # what a server may answer when asking again helps: too slow, too many requests, or an error of its own
 TRANSIENT_STATUS = frozenset({408, 425, 429})
 _STATUS = re.compile(r"status(?: code)?: (\d{3}) ?([A-Za-z ]*)")
@@ -145,6 +148,26 @@ class ObjectStore:
                 return
             for one in page:
                 yield str(one["path"]), int(one["size"])
+
+    def stamps(self, keys: Sequence[str]) -> Hashable:
+        """Entity tags, by one request of the head of each key; None where the server states none."""
+        with ThreadPoolExecutor(min(STAMP_REQUESTS, len(keys))) as pool:
+            found = list(pool.map(self._stamp, keys))
+        return None if None in found else tuple(found)
+
+    def _stamp(self, key: str) -> Hashable:
+        import obstore
+
+        try:
+            head = self.attempt(key, lambda client: obstore.head(client, key))
+        except MissingKeyError:
+            return ()
+        tag = head["e_tag"]
+        return None if tag is None else (tag, head["size"], head["last_modified"], head["version"])
+
+    def afresh(self) -> ObjectStore:
+        """Nothing is remembered."""
+        return self
 
     def attempt(self, key: str, action: Callable[[Any], Value]) -> Value:
         """Do one request; whatever goes wrong becomes a StoreError of one line without credentials."""

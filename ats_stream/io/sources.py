@@ -6,6 +6,7 @@ Every source shows its level as (C, *space), whatever axes the stored array has.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -132,8 +133,11 @@ class StoreSource:
     lie (:meth:`locate`), then for ranges (:meth:`read`), many at once.
     """
 
-    def __init__(self, store: Store, prefix: str, layout: ArrayLayout, axes: AxisMap) -> None:
-        self.store, self.prefix, self.layout, self.axes = store, prefix, layout, axes
+    def __init__(
+        self, store: Store, prefix: str, layout: ArrayLayout, axes: AxisMap, digest: str = ""
+    ) -> None:
+        """``digest`` is that of the array's metadata."""
+        self.store, self.prefix, self.layout, self.axes, self.digest = store, prefix, layout, axes, digest
         self.shape, self.dtype = axes.view(layout.shape), layout.dtype
         self.chunk_shape, self.shard_shape = axes.view(layout.chunk_shape), axes.view(layout.shard_shape)
         self.fill_value = layout.fill_value
@@ -143,6 +147,27 @@ class StoreSource:
     def identity(self) -> Hashable:
         """Equal for two sources that read the same array."""
         return (self.store.identity, self.prefix)
+
+    @property
+    def description(self) -> Hashable:
+        """Equal for two sources that read the same array in the same way."""
+        return (self.identity, self.axes, self.digest)
+
+    @property
+    def stored_grid(self) -> tuple[int, ...]:
+        """Number of shards along each axis (C, *space)."""
+        return tuple(-(-n // s) for n, s in zip(self.shape, self.shard_shape, strict=True))
+
+    def keys(self) -> list[str]:
+        """Every key that pixels may lie in."""
+        places = np.ndindex(*self.stored_grid)
+        return [self.prefix + self.layout.key(self.axes.stored(place)) for place in places]
+
+    def afresh(self) -> StoreSource:
+        """The same source, without anything remembered of what it read."""
+        again = copy.copy(self)
+        again.store, again._indices = self.store.afresh(), _IndexCache()
+        return again
 
     @property
     def index_bytes(self) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,11 +14,15 @@ from ats_stream.io.retry import RetryPolicy
 from ats_stream.io.store_error import StoreError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Sequence
     from types import TracebackType
 
 # without O_NONBLOCK, opening a pipe would wait for its writer
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+# file systems count time in steps of up to 10 ms: within one, two writes look like one
+YOUNG_NS = 20_000_000  # 20 ms
 
 
 class Blob(Protocol):
@@ -72,6 +77,12 @@ class Store(Protocol):
 
     def objects(self) -> Iterator[tuple[str, int]]:
         """Every key with its number of bytes, in no order; StoreError where keys cannot be listed."""
+
+    def stamps(self, keys: Sequence[str]) -> Hashable:
+        """What changes when any of the keys does, as things are now; None if that cannot be told."""
+
+    def afresh(self) -> Store:
+        """The same store, without anything remembered of its content."""
 
 
 class LocalBlob:
@@ -181,3 +192,25 @@ class LocalStore:
             for name in names:
                 nbytes = os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118  one call per file
                 yield name if inside == "." else f"{inside}/{name}", nbytes
+
+    def stamps(self, keys: Sequence[str]) -> Hashable:
+        """Those of the files."""
+        found = [local_stamp(f"{self.folder}/{key}") for key in keys]
+        return None if None in found else tuple(found)
+
+    def afresh(self) -> LocalStore:
+        """Nothing is remembered."""
+        return self
+
+
+def local_stamp(path: str) -> tuple[int, ...] | None:
+    """Size, times of change and number of a file; () when it is absent, None while it is too young."""
+    try:
+        info = os.stat(path)  # noqa: PTH116  # a string path is wanted in the hot loop
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError:
+        return None
+    if time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) < YOUNG_NS:
+        return None
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_dev, info.st_ino

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ats_stream.io.sources import ChunkError, RawChunk
 from ats_stream.io.store_error import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from ats_stream.io.sources import AxisMap, Place
     from ats_stream.io.stores import Store
@@ -36,10 +36,12 @@ class ZarrSource:
     chunk_shape: tuple[int, ...]
     shard_shape: tuple[int, ...]
     fill_value: Any
+    digest: str
+    """Of the array's metadata."""
     _array: Any = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, store: Store, prefix: str, axes: AxisMap) -> ZarrSource:
+    def open(cls, store: Store, prefix: str, axes: AxisMap, digest: str = "") -> ZarrSource:
         """Open the array; ValueError when zarr-python cannot. Says so once per process and codec."""
         array = _open_zarr(store, prefix)
         dtype = np.dtype(array.dtype).newbyteorder("=")
@@ -54,7 +56,28 @@ class ZarrSource:
         # reading through zarr-python works per request, so a shard is the chunk
         chunk = axes.view(array.chunks)
         fill = np.asarray(array.fill_value or 0).astype(dtype)[()]
-        return cls(store, prefix, axes, axes.view(array.shape), dtype, chunk, chunk, fill, array)
+        return cls(store, prefix, axes, axes.view(array.shape), dtype, chunk, chunk, fill, digest, array)
+
+    @property
+    def description(self) -> Hashable:
+        """Equal for two sources that read the same array in the same way."""
+        return (self.store.identity, self.prefix, self.axes, self.digest)
+
+    @property
+    def stored_grid(self) -> tuple[int, ...]:
+        """Number of keys along each stored axis."""
+        array = self._opened()
+        return tuple(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True))
+
+    def keys(self) -> list[str]:
+        """Every key that pixels may lie in."""
+        encode = self._opened().metadata.encode_chunk_key
+        return [f"{self.prefix}{encode(place)}" for place in np.ndindex(*self.stored_grid)]
+
+    def afresh(self) -> ZarrSource:
+        """The same source, without anything remembered of what it read."""
+        store = self.store.afresh()
+        return self if store is self.store else replace(self, store=store, _array=None)
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Hand over the place alone: zarr-python reads and decodes in one go."""

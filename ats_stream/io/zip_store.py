@@ -17,7 +17,7 @@ from ats_stream.io.retry import with_retries
 from ats_stream.io.store_error import MissingKeyError, StoreError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Sequence
 
     from ats_stream.io.stores import Blob, Store
 
@@ -135,6 +135,14 @@ class ZipStore:
         for name, member in directory.members.items():
             if name.startswith(directory.root):
                 yield name.removeprefix(directory.root), member.nbytes
+
+    def stamps(self, keys: Sequence[str]) -> Hashable:  # noqa: ARG002  # whatever they are, they lie in it
+        """That of the zip file."""
+        return self.outer.stamps([self.name])
+
+    def afresh(self) -> ZipStore:
+        """A remote zip file does not show that it changed, so its directory is read again."""
+        return ZipStore(self.outer, self.name) if self.is_remote else self
 
     def read(self, blob: Blob, start: int, nbytes: int) -> bytes:
         """Bytes of the zip file; if it is gone, that is no absent member."""

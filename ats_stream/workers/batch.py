@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def collate(items: Sequence[Item]) -> Batch:
     """Copy the items' arrays (read-only in Ray's object store) into the tensors of a batch."""
     return Batch(
-        views_CYX=[_tensor(item.view_CYX) for item in items],
+        views_CYX=[tensor_of(item.view_CYX) for item in items],
         log_priors_YX=[_log_prior(item) for item in items],
         crops_BNCPP=torch.from_numpy(np.stack([item.crops_NCPP for item in items])),
         index_BN=torch.from_numpy(np.stack([item.index_N for item in items])),
@@ -40,7 +40,7 @@ def log_prior_of(prior_YX: Array | None) -> Tensor | None:
     """
     if prior_YX is None:
         return None
-    drawable_YX = _tensor(prior_YX)
+    drawable_YX = tensor_of(prior_YX)
     return torch.zeros(drawable_YX.shape).masked_fill(~drawable_YX, -torch.inf)
 
 
@@ -48,7 +48,8 @@ def _log_prior(item: Item) -> Tensor | None:
     return log_prior_of(item.prior_YX)
 
 
-def _tensor(array: Array) -> Tensor:
+def tensor_of(array: Array) -> Tensor:
+    """A copy as a tensor: what samplers hand over is read-only."""
     return torch.from_numpy(np.array(array))
 
 

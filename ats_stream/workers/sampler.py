@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io import open_pyramid
+from ats_stream.io import VIEW_CACHE_BYTES, open_pyramid
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
-from ats_stream.workers.batch import log_prior_of
-from ats_stream.workers.cache import ByteCache
+from ats_stream.workers.batch import log_prior_of, tensor_of
 from ats_stream.workers.protocol import Array, AttentionWeights, Item
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class SamplerConfig:
     """Name of a label image (``tissue``, ``foreground``) outside which nothing is drawn."""
     seed: int = 0
     """Seed of all draws."""
-    cache_bytes: int = 128 << 20  # 128 MiB
-    """Low-resolution views kept in memory by each sampler."""
+    cache_bytes: int = VIEW_CACHE_BYTES
+    """Low-resolution views kept in memory by each process that samples, for all its samplers; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("num_patches", "patch_px"):
@@ -67,15 +67,10 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class View:
-    """The low-resolution side of one image."""
+    """The low-resolution side of one image, read-only."""
 
     pixels_CYX: Array
     prior_YX: Array | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.pixels_CYX.nbytes + (0 if self.prior_YX is None else self.prior_YX.nbytes)
 
 
 class PatchSampler:
@@ -97,8 +92,7 @@ class PatchSampler:
         self.attention = AttentionNet(model).requires_grad_(False)
         self.num_channels = model.num_channels
         self._attention_key: str | None = None
-        self._pyramids = ByteCache["Pyramid"](max_bytes=MAX_OPEN_PYRAMIDS, size_of=lambda _: 1)
-        self._views = ByteCache[View](max_bytes=config.cache_bytes, size_of=lambda view: view.num_bytes)
+        self._open = lru_cache(MAX_OPEN_PYRAMIDS)(open_pyramid)
 
     def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
         """One item; the same for the same visit and weights, whatever was sampled before.
@@ -108,11 +102,11 @@ class PatchSampler:
         start_s = time.perf_counter()
         self._load(weights)
         config, slide = self.config, self.slides[visit.image]
-        pyramid = self._pyramids.get(slide, lambda: open_pyramid(slide))
-        view = self._views.get(slide, lambda: self._read_view(slide, pyramid))
+        pyramid = self._open(slide)
+        view = self._read_view(pyramid)
         map_shape = view.pixels_CYX.shape[1:]
         with _threads(SAMPLER_THREADS), torch.inference_mode():
-            logits_1M = self.attention(torch.from_numpy(view.pixels_CYX)[None]).flatten(1)
+            logits_1M = self.attention(tensor_of(view.pixels_CYX)[None]).flatten(1)
             try:
                 log_prior = log_prior_of(view.prior_YX)
                 log_a_1M = log_attention(logits_1M, None if log_prior is None else log_prior.reshape(1, -1))
@@ -136,8 +130,8 @@ class PatchSampler:
             visit=visit,
             slide=slide,
             label=self.labels[visit.image],
-            view_CYX=_read_only(view.pixels_CYX),
-            prior_YX=None if view.prior_YX is None else _read_only(view.prior_YX),
+            view_CYX=view.pixels_CYX,
+            prior_YX=view.prior_YX,
             index_N=drawn.index[0].numpy(),
             log_q_N=drawn.log_prob[0].numpy(),
             weight_N=drawn.weight[0].float().numpy(),
@@ -157,17 +151,18 @@ class PatchSampler:
             )
             self._attention_key = weights.key
 
-    def _read_view(self, slide: str, pyramid: Pyramid) -> View:
-        level = view_level(pyramid, self.config.view_downsample)
+    def _read_view(self, pyramid: Pyramid) -> View:
+        config, slide = self.config, pyramid.slide
+        level = view_level(pyramid, config.view_downsample)
         if level.shape[0] != self.num_channels:
             raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {self.num_channels}")
         if pyramid.axes != ("c", "y", "x") or level.dtype.name not in PIXEL_TYPES:
             found = f"{level.dtype} pixels over {' '.join(pyramid.axes[1:])}"
             raise SlideError(slide, f"has {found}, the model reads {' or '.join(PIXEL_TYPES)} over y x")
         prior = None
-        if self.config.prior_label is not None:
-            prior = read_prior(pyramid, self.config.prior_label, level.shape[1:])
-        return View(pyramid.read(level), prior)
+        if config.prior_label is not None:
+            prior = read_prior(pyramid, config.prior_label, level.shape[1:], cache_bytes=config.cache_bytes)
+        return View(pyramid.view(level, cache_bytes=config.cache_bytes), prior)
 
 
 def view_level(pyramid: Pyramid, downsample: float) -> Level:
@@ -180,27 +175,28 @@ def view_level(pyramid: Pyramid, downsample: float) -> Level:
     return level
 
 
-def read_prior(pyramid: Pyramid, label: str, map_shape: Sequence[int]) -> Array:
+def read_prior(
+    pyramid: Pyramid, label: str, map_shape: Sequence[int], *, cache_bytes: int = VIEW_CACHE_BYTES
+) -> Array:
     """A label image on the grid of the attention map: True where any pixel of the label touches the cell.
 
-    Raises SlideError if the label is absent or empty.
+    Read-only, kept as views are. Raises SlideError if the label is absent or empty.
     """
     if label not in pyramid.label_names:
         there = ", ".join(pyramid.label_names) or "none"
         raise SlideError(pyramid.slide, f"no label {label!r} to draw within; labels there: {there}")
-    mask: Array = pyramid.label(label).read(0)[0] != 0
-    for axis, size in enumerate(map_shape):
-        mask = _touched(mask, axis, size)
+
+    def touched(pixels_CYX: Array) -> Array:
+        mask: Array = pixels_CYX[0] != 0
+        for axis, size in enumerate(map_shape):
+            mask = _touched(mask, axis, size)
+        return mask
+
+    kept = ("touched", tuple(map_shape))
+    mask = pyramid.label(label).view(0, cache_bytes=cache_bytes, derived=(kept, touched))
     if not mask.any():
         raise SlideError(pyramid.slide, f"label {label!r} is empty: no position can be drawn")
     return mask
-
-
-def _read_only(cached: Array) -> Array:
-    """The same memory, as Ray's object store would give it: items never write into the cache."""
-    shared = cached.view()
-    shared.flags.writeable = False
-    return shared
 
 
 def _touched(mask: Array, axis: int, size: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import re
 import socket
@@ -64,6 +65,7 @@ class RangeServer:
         self.root, self.requests = root, []
         self.fault: Callable[[str, int], str | int | None] = lambda path, count: None
         self.headers: dict[str, str] = {}
+        self.states_tags = False
         self.closing = threading.Event()
         self._lock = threading.Lock()
         outer = self
@@ -109,6 +111,8 @@ class RangeServer:
             self._send(handler, 404, b"", {})
             return
         size, status, headers = file.stat().st_size, 200, {}
+        if self.states_tags:
+            headers["ETag"] = f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"'
         begin, end = 0, size
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", asked or "")
         if match is not None and fault != "plain":

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from tiny import MODEL, SAMPLER, assert_same_item, make_sampler, table, visit, weights
 
 from ats_stream.errors import SlideError
-from ats_stream.io import PyramidWriter, open_pyramid
+from ats_stream.io import PyramidWriter, open_pyramid, stores
+from ats_stream.io.views import VIEWS
 from ats_stream.sampling import SCHEMES, draw
 from ats_stream.workers import PatchSampler, SamplerConfig
 from ats_stream.workers.sampler import read_prior, view_level
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from ats_stream.io import Archive
+    from ats_stream.io import Archive, Pyramid
     from ats_stream.models import ModelConfig
     from ats_stream.workers import Item
 
@@ -58,15 +60,51 @@ def test_an_item_does_not_depend_on_the_cache(archive: Archive, items: list[Item
         assert_same_item(sampler.sample(one, weights()), item)
 
 
+def chunks_read(samplers: Sequence[PatchSampler], images: Sequence[int]) -> int:
+    """Chunks of the views of images that the samplers have read."""
+    slides = [(sampler, sampler._open(sampler.slides[image])) for sampler in samplers for image in images]
+    return sum(one.read_stats(view_level(one, s.config.view_downsample)).num_chunks for s, one in slides)
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of this test alone, that trusts files however young."""
+    monkeypatch.setattr(stores, "YOUNG_NS", 0)
+    VIEWS.clear()
+    yield
+    VIEWS.clear()
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_views_are_read_again_only_when_the_cache_forgot_them(archive: Archive) -> None:
-    view_bytes = make_sampler(archive).sample(visit(0), weights())
-    one_view = view_bytes.view_CYX.nbytes + view_bytes.prior_YX.nbytes
+    item = make_sampler(archive).sample(visit(0), weights())
+    one_view = item.view_CYX.nbytes + item.prior_YX.nbytes
+    sampler = make_sampler(archive, cache_bytes=0)
+    sampler.sample(visit(0), weights())
+    one_read = chunks_read([sampler], [0])
+    assert one_read > 0
     for cache_bytes, misses in ((0, 6), (2 * one_view, 4), (3 * one_view, 3)):
+        VIEWS.clear()
         sampler = make_sampler(archive, cache_bytes=cache_bytes)
         for image in (0, 1, 0, 2, 0, 1):  # with room for two: 1 is the one used longest ago when 2 comes
             sampler.sample(visit(image), weights())
-            assert sampler._views.num_bytes <= cache_bytes
-        assert sampler._views.num_misses == misses
+            assert VIEWS.num_bytes <= cache_bytes
+        assert chunks_read([sampler], range(3)) == misses * one_read
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_samplers_of_a_process_read_a_view_once(archive: Archive) -> None:
+    images = range(5)
+    first = make_sampler(archive)
+    for image in images:
+        first.sample(visit(image), weights())
+    once = chunks_read([first], images)
+    samplers = [first, *(make_sampler(archive, num_patches=n) for n in (1, 2))]
+    for epoch in range(2):
+        for sampler in samplers:
+            for image in images:
+                sampler.sample(visit(image, epoch=epoch), weights(seed=epoch))
+    assert chunks_read(samplers, images) == once > 0
 
 
 def test_a_consumer_cannot_write_into_the_cache(archive: Archive) -> None:
@@ -230,11 +268,8 @@ class LabelOnly:
     def __init__(self, mask: np.ndarray) -> None:
         self.mask = mask
 
-    def label(self, name: str) -> LabelOnly:
-        return self
-
-    def read(self, level: int) -> np.ndarray:
-        return self.mask[None].astype(np.uint8)
+    def label(self, name: str) -> Pyramid:
+        return open_pyramid(self.mask[None].astype(np.uint8))
 
 
 @given(
