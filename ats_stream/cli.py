@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "preprocess": "convert slides to OME-Zarr pyramids",
+    "verify": "verify that pyramids are whole",
     "info": "show what pyramids and slides hold",
     "train": "train an attention model on an archive of pyramids",
     "predict": "run a trained model over pyramids and draw what it looked at",
@@ -39,6 +40,7 @@ patches that a learned attention map draws.
 _EPILOG = """\
 from slides to predictions:
   ats-stream preprocess slides/*.svs --out pyramids
+  ats-stream verify pyramids
   ats-stream info pyramids/*.ome.zarr
   ats-stream train archive.csv --out runs/first --prior tissue
   ats-stream predict runs/first archive.csv --split test --out predictions

@@ -19,6 +19,8 @@ from ats_stream.io.pyramid import Pyramid, read_batch
 from ats_stream.io.pyramid_info import Level
 from ats_stream.io.slides import open_slide
 from ats_stream.io.tissue import tissue_mask
+from ats_stream.io.verify import verify
+from ats_stream.io.verify_report import Finding, Report
 from ats_stream.io.views import VIEW_CACHE_BYTES
 from ats_stream.io.writer import PyramidWriter
 
@@ -30,11 +32,13 @@ __all__ = [
     "ConvertConfig",
     "ConvertFailure",
     "ConvertSummary",
+    "Finding",
     "Level",
     "PatchPlan",
     "Pyramid",
     "PyramidWriter",
     "ReadStats",
+    "Report",
     "convert",
     "open_pyramid",
     "open_slide",
@@ -44,6 +48,7 @@ __all__ = [
     "read_batch",
     "target_path",
     "tissue_mask",
+    "verify",
     "working_memory_bytes",
     "write_archive",
     "write_pyramid",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ats_stream.errors import SlideError
-from ats_stream.io import PyramidWriter, open_pyramid, read_batch
+from ats_stream.io import PyramidWriter, open_pyramid, read_batch, verify
 
 SECRET = "a-very-secret-word"
 SERVER = """
@@ -134,3 +134,23 @@ def test_wrong_credentials_are_told_without_showing_them(bucket, endpoint, optio
 def test_a_private_bucket_without_credentials(bucket, options):
     public = {k: v for k, v in options.items() if "key" not in k} | {"skip_signature": True}
     refused(f"{bucket}/a.zarr", public, r"access to zarr\.json is denied: the server answered 403 Forbidden")
+
+
+def test_pyramids_in_a_bucket_are_verified(bucket, folder, options):
+    import obstore
+    from obstore.store import S3Store
+
+    report = verify(f"{bucket}/b.zarr", storage_options=options, source=folder)
+    assert [finding.key for finding in report.findings] == ["1"]  # of which nothing was written
+    assert report.num_objects == sum(path.is_file() for path in folder.rglob("*"))
+    assert report.num_bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    config = {k: v for k, v in options.items() if k not in {"timeout_s", "max_retries"}}
+    store = S3Store("slides", config=config, client_options={"allow_http": True})
+    data = bytearray((folder / "0/c/0/1/1").read_bytes())
+    data[-1] ^= 1
+    obstore.put(store, "archive/b.zarr/0/c/0/1/1", bytes(data))
+    obstore.put(store, "archive/b.zarr/0/c/0/9/9", b"x")
+    report = verify(f"{bucket}/b.zarr", storage_options=options)
+    first, second = report.findings
+    assert str(first).startswith("0/c/0/1/1: shard index is damaged: crc32c ")
+    assert str(second) == "0/c/0/9/9: lies in the array 0, but is no part of it"
