@@ -23,10 +23,10 @@ from ats_stream.errors import AtsStreamError, SlideError
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.manifest import manifest_place, read_manifest
 from ats_stream.io.opening import open_inside, open_pyramid, open_store
+from ats_stream.io.parallel import in_threads
 from ats_stream.io.retry import with_retries
 from ats_stream.io.sources import StoreSource
 from ats_stream.io.store_error import StoreError
-from ats_stream.io.threads import in_threads
 from ats_stream.io.verify_objects import METADATA_FILES, Array, array_of, check_object, stray_reason
 from ats_stream.io.verify_pixels import check_pixels
 from ats_stream.io.verify_report import Finding, Report

@@ -6,8 +6,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from ats_stream.io.parallel import in_threads
 from ats_stream.io.sources import StoreSource
-from ats_stream.io.threads import in_threads
 from ats_stream.io.verify_levels import (
     BadChunk,
     Box,
