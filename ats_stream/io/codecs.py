@@ -38,6 +38,11 @@ BYTE_CODECS = {name: name for name in ("zstd", "gzip", "blosc", "crc32c")} | {
 }
 
 
+def max_stored_bytes(nbytes: int) -> int:
+    """Bytes that no codec needs for a chunk of ``nbytes``: noise grows by less than a hundredth."""
+    return nbytes + nbytes // 8 + 4096
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChunkCodec:
     """How the chunks of an array are written."""
@@ -128,8 +133,8 @@ class ChunkDecoder:
 
     @property
     def max_stored_bytes(self) -> int:
-        """Bytes that no codec needs for a chunk: noise grows by less than a hundredth."""
-        return self.nbytes + self.nbytes // 8 + 4096
+        """Bytes that no codec needs for a chunk."""
+        return max_stored_bytes(self.nbytes)
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:

@@ -6,8 +6,8 @@ import struct
 
 JPEG_END = b"\xff\xd9"
 # start of frame: every kind of JPEG but DHT (C4), JPG (C8) and DAC (CC)
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+MARKERS_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _CODESTREAM = b"\xff\x4f\xff\x51"
 # a JP2 file puts boxes of colour and resolution before its codestream
 _BOXES_BYTES = 1 << 16
@@ -29,10 +29,10 @@ def jpeg_size(data: bytes) -> tuple[int, int, int]:
         if kind == 0xFF:  # fill bytes may stand before a marker
             at += 1
             continue
-        if kind in _ALONE:
+        if kind in MARKERS_ALONE:
             at += 2
             continue
-        if kind in _FRAMES:
+        if kind in FRAMES:
             if at + 10 > len(data):
                 break
             height, width, components = struct.unpack_from(">HHB", data, at + 5)

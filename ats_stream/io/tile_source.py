@@ -55,6 +55,7 @@ class _Decoding:
     page_decode: Callable[..., Any]
     tables: bytes | None
     header: bytes | None
+    is_jfif: bool
 
 
 # a decoder holds what tifffile knows of a file, megabytes of a large slide, so not all of them are kept
@@ -73,8 +74,9 @@ class TiffLevel:
         self._read_axes(found, page)
         self._read_tiles(page)
         self.compression = int(page.compression)
+        self.compression_name = compression_name(page)
         if self.compression not in COMPRESSIONS:
-            raise ValueError(f"TIFF compression {compression_name(page)} is not supported")
+            raise ValueError(f"TIFF compression {self.compression_name} is not supported")
         self.fill_value = np.asarray(page.nodata).astype(self.dtype)[()]
         self._read_offsets(tiff, found)
         _decoders.get(self._key, lambda: _decoding_of(page))
@@ -96,7 +98,8 @@ class TiffLevel:
             raise ValueError(f"TIFF axes {axes} {shape} are not an image (channels, y, x)")
         self._is_planar = axes.endswith("SYX")
         self._stored_samples = sizes.get("S", 1)
-        is_color = int(page.photometric) in (2, 6)
+        self.photometric = int(page.photometric)
+        is_color = self.photometric in (2, 6)
         # a fourth sample beside red, green and blue is transparency
         self.samples = 3 if is_color and self._stored_samples == 4 else self._stored_samples
         self.is_color = self.samples == 3
@@ -114,9 +117,10 @@ class TiffLevel:
 
     def _read_tiles(self, page: Any) -> None:
         height, width = self.shape[-2:]
+        self.is_tiled = bool(page.is_tiled)
         if (int(page.imagelength), int(page.imagewidth)) != (height, width):
             raise ValueError(f"TIFF page of {page.imagelength} x {page.imagewidth} pixels in {self.shape}")
-        if page.is_tiled:
+        if self.is_tiled:
             self.tile = (int(page.tilelength), int(page.tilewidth))
         else:
             self.tile = (min(int(page.rowsperstrip), height), width)
@@ -132,7 +136,7 @@ class TiffLevel:
             math.prod(self.tile) * self.dtype.itemsize * (1 if self._is_planar else self._stored_samples)
         )
         if self._tile_bytes > MAX_CHUNK_BYTES:
-            kind = "tiles" if page.is_tiled else "strips"
+            kind = "tiles" if self.is_tiled else "strips"
             raise ValueError(f"TIFF {kind} of {self.tile[0]} x {self.tile[1]} pixels are too large")
         self.grid = tuple(-(-n // t) for n, t in zip((height, width), self.tile, strict=True))
         # never larger than the level: readers hold chunks, not the padding of tiles
@@ -203,6 +207,28 @@ class TiffLevel:
         lead = tuple(0 if axis is None else values[axis] for axis in self._lead_from)
         page = int(np.ravel_multi_index(lead, self._lead_shape)) if lead else 0
         return page, (plane * self.grid[0] + row) * self.grid[1] + column
+
+    @property
+    def samples_mixed(self) -> int | None:
+        """Samples of a pixel that lie interleaved in each tile, None where they lie in planes."""
+        return None if self._is_planar else self._stored_samples
+
+    @property
+    def jpeg(self) -> tuple[bytes | None, bool, bool]:
+        """Of a level of JPEG: tables its tiles share, whether they begin as JFIF, whether they lack heads."""
+        decoding = _decoders.get(self._key, self._reopen)
+        return decoding.tables, decoding.is_jfif, decoding.header is not None
+
+    def tile_table(self) -> Array:
+        """Offset and size in bytes of all tiles that are not planes, (2, c, *space) over the chunk grid."""
+        table = np.stack([self._offset_FT, self._count_FT]).reshape(2, *self._lead_shape, *self.grid)
+        # leading axes of the file in the order of a place; those of length 1 vanish
+        order = [i for i, axis in enumerate(self._lead_from) if axis is not None]
+        order.sort(key=lambda i: self._lead_from[i] or 0)
+        dropped = [i for i, axis in enumerate(self._lead_from) if axis is None]
+        table = table.transpose(0, *(1 + i for i in (*order, *dropped)), -2, -1)
+        lead = tuple(-(-n // c) for n, c in zip(self.shape[:-2], self.chunk_shape[:-2], strict=True))
+        return table.reshape(2, *lead, *self.grid)
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Read the bytes of tiles; those that a file of measurements leaves out are absent."""
@@ -320,4 +346,6 @@ def _plain_layout(page: Any) -> np.dtype[Any] | None:
 
 
 def _decoding_of(page: Any) -> _Decoding:
-    return _Decoding(page_decode=page.decode, tables=page.jpegtables, header=page.jpegheader)
+    return _Decoding(
+        page_decode=page.decode, tables=page.jpegtables, header=page.jpegheader, is_jfif=bool(page.is_jfif)
+    )

@@ -6,8 +6,10 @@ import hashlib
 import http.server
 import re
 import socket
+import sys
 import threading
 import urllib.parse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +17,10 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parent))  # makes the helpers beside the tests importable
 
 
 @pytest.fixture
