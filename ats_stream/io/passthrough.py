@@ -98,23 +98,33 @@ def passable(parts: FileParts) -> str | None:
     return None
 
 
-def plan_pass(parts: FileParts, *, shard_bytes: int) -> PassPlan:
+def plan_pass(
+    parts: FileParts, *, shard_bytes: int, max_levels: int | None = None, max_base_px: int | None = None
+) -> PassPlan:
     """What of a slide is copied, in shards of about ``shard_bytes``; ValueError with the reason of
     :func:`passable` when it is nothing.
+
+    A shard of the last level has at most ``max_base_px`` pixels where that is possible: coarser levels are
+    made from its pixels.
     """
-    levels: list[CopiedLevel] = []
+    passing: list[tuple[int, StoredTiles, JpegFormat, JpegHead]] = []
     left_out: dict[int, str] = {}
-    for number, found in enumerate(_stored_levels(parts)):
+    for number, found in enumerate(_stored_levels(parts)[:max_levels]):
         try:
-            tiles, form, head = _check_level(parts, number, found)
+            passing.append((number, *_check_level(parts, number, found)))
         except ValueError as error:
             if number == 0:
                 raise
             left_out[number] = str(error)
-            continue
-        levels.append(_copied(parts, number, tiles, form, head, shard_bytes))
-    last = levels[-1]
-    return PassPlan(levels=tuple(levels), left_out=left_out, coarse=_coarse_format(last))
+    levels = [_copied(parts, *level, shard_bytes, None) for level in passing[:-1]]
+    levels.append(_copied(parts, *passing[-1], shard_bytes, max_base_px))
+    return PassPlan(levels=tuple(levels), left_out=left_out, coarse=_coarse_format(levels[-1]))
+
+
+def stored_tiles(parts: FileParts) -> dict[int, StoredTiles]:
+    """The tiles of the levels that have any, for whoever copies them by a plan (:func:`read_shard`)."""
+    found = enumerate(_stored_levels(parts))
+    return {number: level[0] for number, level in found if not isinstance(level, str)}
 
 
 def _stored_levels(parts: FileParts) -> list[tuple[StoredTiles, JpegFormat] | str]:
@@ -237,7 +247,13 @@ def _check_level(
 
 
 def _copied(
-    parts: FileParts, number: int, tiles: StoredTiles, form: JpegFormat, head: JpegHead, shard_bytes: int
+    parts: FileParts,
+    number: int,
+    tiles: StoredTiles,
+    form: JpegFormat,
+    head: JpegHead,
+    shard_bytes: int,
+    max_shard_px: int | None,
 ) -> CopiedLevel:
     source = parts.sources[number]
     chunk = (tiles.size[2], *(1 for _ in source.shape[1:-2]), *tiles.size[:2])
@@ -246,7 +262,15 @@ def _copied(
     factors = zip(parts.sources[0].shape[1:], source.shape[1:], strict=True)
     # all channels of a place together
     place_bytes = float(tiles.nbytes.mean()) * grid[0]
-    down, across = tiles_per_shard(grid[-2:], place_bytes, shard_bytes, MAX_CHUNKS_PER_SHARD // grid[0])
+    max_places = MAX_CHUNKS_PER_SHARD // grid[0]
+    if max_shard_px is not None:
+        max_places = min(max_places, max(1, max_shard_px // (tiles.size[0] * tiles.size[1])))
+    counts = tiles_per_shard(grid[-2:], place_bytes, shard_bytes, max_places)
+    # halves of shards must be whole pixels, where there are several
+    down, across = (
+        k + 1 if k < n and k * side % 2 else k
+        for k, n, side in zip(counts, grid[-2:], tiles.size, strict=False)
+    )
     shard = (chunk[0] * grid[0], *chunk[1:-2], chunk[-2] * down, chunk[-1] * across)
     return CopiedLevel(
         level=number,

@@ -24,7 +24,7 @@ from ats_stream.io.array_writer import ArrayWriter
 from ats_stream.io.dicom import dicom_levels
 from ats_stream.io.jpeg import JpegFormat
 from ats_stream.io.layout import grid_shape
-from ats_stream.io.passthrough import passable, plan_pass, tiles_per_shard
+from ats_stream.io.passthrough import passable, plan_pass, read_shard, stored_tiles, tiles_per_shard
 from ats_stream.io.slide_pyramid import file_parts
 from ats_stream.io.stored_tiles import StoredTiles
 
@@ -398,6 +398,28 @@ def test_coarse_levels_of_grey_are_grey(tmp_path, picture):
     coarse = plan_pass(file_parts(slide), shard_bytes=1 << 20).coarse
     assert coarse == JpegFormat(level=85)
     assert coarse.encode(image[0, :64, :64].copy()) == imagecodecs.jpeg8_encode(image[0, :64, :64].copy(), 85)
+
+
+def test_shards_of_the_last_level_are_bounded_in_pixels(tmp_path, picture):
+    parts = file_parts(write_tiff(tmp_path / "a.tif", picture((3, 500, 700)), levels=3))
+    free = plan_pass(parts, shard_bytes=1 << 30)
+    assert [v.spec.grid for v in free.levels] == [(1, 8, 11), (1, 4, 6), (1, 2, 3)]
+    bound = plan_pass(parts, shard_bytes=1 << 30, max_levels=2, max_base_px=3 * 64 * 64)
+    assert [v.spec.grid for v in bound.levels] == [(1, 8, 11), (1, 2, 1)]
+    copied = {place: bound.levels[1].shard(place) for place in bound.levels[1].places()}
+    assert len(copied) == 12
+    tiles = stored_tiles(parts)[1]
+    for place, chunks in copied.items():
+        assert read_shard(tiles, bound.levels[1].spec, place, 1) == chunks
+
+
+@pytest.mark.parametrize("side", [63, 64])
+def test_halves_of_shards_are_whole_pixels(tmp_path, picture, side):
+    parts = file_parts(write_dicom(tmp_path / "a", picture((3, 300, 200)), side=side, levels=1))
+    for shard_bytes in (1, 10_000, 20_000, 40_000, 1 << 20):
+        spec = plan_pass(parts, shard_bytes=shard_bytes).levels[0].spec
+        for n, s in zip(spec.shape[1:], spec.shard[1:], strict=True):
+            assert s >= n or s % 2 == 0
 
 
 @given(
