@@ -8,7 +8,7 @@ pass has a reason in words. Of tiles some are looked at beforehand; every one is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ats_stream.io.array_writer import ArraySpec
 from ats_stream.io.codecs import ChunkCodec, max_stored_bytes
 from ats_stream.io.jpeg import JpegFormat
 from ats_stream.io.jpeg_head import quality_of, tables_alone
-from ats_stream.io.layout import MAX_CHUNKS_PER_SHARD, grid_shape
+from ats_stream.io.layout import grid_shape
 from ats_stream.io.openslide_source import OpenSlideLevel
 from ats_stream.io.parts import FileParts, file_stamp
 from ats_stream.io.pyramid_info import axis_downsample
@@ -27,9 +27,10 @@ from ats_stream.io.stored_tiles import StoredTiles, tile_name
 from ats_stream.io.tile_source import JPEG, TiffLevel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from ats_stream.io.jpeg_head import JpegHead
+    from ats_stream.io.pass_layout import ShardSize
     from ats_stream.io.sources import Place
 
 SAMPLED_TILES = 16
@@ -99,13 +100,12 @@ def passable(parts: FileParts) -> str | None:
 
 
 def plan_pass(
-    parts: FileParts, *, shard_bytes: int, max_levels: int | None = None, max_base_px: int | None = None
+    parts: FileParts, size: ShardSize, *, max_levels: int | None = None, max_base_values: int | None = None
 ) -> PassPlan:
-    """What of a slide is copied, in shards of about ``shard_bytes``; ValueError with the reason of
-    :func:`passable` when it is nothing.
+    """What of a slide is copied; ValueError with the reason of :func:`passable` when it is nothing.
 
-    A shard of the last level has at most ``max_base_px`` pixels where that is possible: coarser levels are
-    made from its pixels.
+    A shard of the last level has at most ``max_base_values`` numbers, those of all channels and planes, where
+    that is possible: coarser levels are made from it.
     """
     passing: list[tuple[int, StoredTiles, JpegFormat, JpegHead]] = []
     left_out: dict[int, str] = {}
@@ -116,8 +116,12 @@ def plan_pass(
             if number == 0:
                 raise
             left_out[number] = str(error)
-    levels = [_copied(parts, *level, shard_bytes, None) for level in passing[:-1]]
-    levels.append(_copied(parts, *passing[-1], shard_bytes, max_base_px))
+    levels = [_copied(parts, *level, size) for level in passing[:-1]]
+    last = passing[-1]
+    if max_base_values is not None:
+        depth = math.prod(parts.sources[last[0]].shape[:-2])
+        size = replace(size, max_px=max_base_values // depth)
+    levels.append(_copied(parts, *last, size))
     return PassPlan(levels=tuple(levels), left_out=left_out, coarse=_coarse_format(levels[-1]))
 
 
@@ -252,26 +256,17 @@ def _copied(
     tiles: StoredTiles,
     form: JpegFormat,
     head: JpegHead,
-    shard_bytes: int,
-    max_shard_px: int | None,
+    size: ShardSize,
 ) -> CopiedLevel:
     source = parts.sources[number]
     chunk = (tiles.size[2], *(1 for _ in source.shape[1:-2]), *tiles.size[:2])
     grid = grid_shape(source.shape, chunk)
     stated = parts.stated_downsample[number] if parts.stated_downsample else 0.0
     factors = zip(parts.sources[0].shape[1:], source.shape[1:], strict=True)
-    # all channels of a place together
-    place_bytes = float(tiles.nbytes.mean()) * grid[0]
-    max_places = MAX_CHUNKS_PER_SHARD // grid[0]
-    if max_shard_px is not None:
-        max_places = min(max_places, max(1, max_shard_px // (tiles.size[0] * tiles.size[1])))
-    counts = tiles_per_shard(grid[-2:], place_bytes, shard_bytes, max_places)
-    # halves of shards must be whole pixels, where there are several
-    down, across = (
-        k + 1 if k < n and k * side % 2 else k
-        for k, n, side in zip(counts, grid[-2:], tiles.size, strict=False)
-    )
-    shard = (chunk[0] * grid[0], *chunk[1:-2], chunk[-2] * down, chunk[-1] * across)
+    depth = math.prod(grid[:-2])
+    down, across = size.tiles(grid[-2:], chunk[-2:], depth=depth, tile_bytes=float(tiles.nbytes.mean()))
+    # all channels and planes of a place together
+    counts = (*grid[:-2], down, across)
     return CopiedLevel(
         level=number,
         downsample=tuple(axis_downsample(full, size, stated) for full, size in factors),
@@ -280,7 +275,7 @@ def _copied(
             dtype=source.dtype,
             axes="".join(parts.axes),
             chunk=chunk,
-            shard=shard,
+            shard=tuple(c * n for c, n in zip(chunk, counts, strict=True)),
             fill_value=_fill_value(source, tiles),
             codec=ChunkCodec(name="jpeg", jpeg=form),
         ),
@@ -294,24 +289,6 @@ def _fill_value(source: Any, tiles: StoredTiles) -> int:
     if isinstance(source, OpenSlideLevel) and not tiles.nbytes.all():
         return int(source.background[0])
     return WHITE if tiles.size[2] == 3 else int(source.fill_value)
-
-
-def tiles_per_shard(
-    grid: Sequence[int], place_bytes: float, shard_bytes: int, max_places: int
-) -> tuple[int, int]:
-    """Rows and columns of tiles that make shards of at most about ``shard_bytes``, all of much the same size.
-
-    ``place_bytes`` is the mean of a place of the grid (rows, columns).
-
-    >>> tiles_per_shard((80, 80), 12_800, 16 << 20, 1 << 22), tiles_per_shard((100, 4), 12_800, 16 << 20, 64)
-    ((27, 27), (15, 4))
-    """
-    wanted = min(max(1, int(shard_bytes / max(1.0, place_bytes))), max_places)
-    across = min(grid[1], max(1, math.isqrt(wanted)))
-    down = min(grid[0], max(1, wanted // across))
-    across = min(grid[1], max(1, wanted // down))
-    rows, columns = -(-grid[0] // down), -(-grid[1] // across)
-    return -(-grid[0] // rows), -(-grid[1] // columns)
 
 
 def _coarse_format(level: CopiedLevel) -> JpegFormat:

@@ -14,8 +14,6 @@ import pydicom
 import pytest
 import tifffile
 import zarr
-from hypothesis import given
-from hypothesis import strategies as st
 from pass_slides import cut, write_dicom, write_philips, write_tiff
 
 from ats_stream.errors import SlideError
@@ -24,7 +22,8 @@ from ats_stream.io.array_writer import ArrayWriter
 from ats_stream.io.dicom import dicom_levels
 from ats_stream.io.jpeg import JpegFormat
 from ats_stream.io.layout import grid_shape
-from ats_stream.io.passthrough import passable, plan_pass, read_shard, stored_tiles, tiles_per_shard
+from ats_stream.io.pass_layout import ShardSize
+from ats_stream.io.passthrough import passable, plan_pass, read_shard, stored_tiles
 from ats_stream.io.slide_pyramid import file_parts
 from ats_stream.io.stored_tiles import StoredTiles
 
@@ -50,7 +49,7 @@ REAL = [
 
 def copy(slide, target, shard_bytes=SHARD_BYTES):
     """Write the levels of a slide that can pass as a pyramid; the plan by which it was done."""
-    plan = plan_pass(file_parts(slide), shard_bytes=shard_bytes)
+    plan = plan_pass(file_parts(slide), ShardSize(nbytes=shard_bytes))
     group = ngff.build_image(
         name="x",
         axes=plan.levels[0].spec.axes,
@@ -118,7 +117,7 @@ def test_every_slide_of_the_data_passes_or_has_a_reason(test_data):
         reasons[name] = passable(parts)
         if reasons[name] is not None:
             with pytest.raises(ValueError, match=r"."):
-                plan_pass(parts, shard_bytes=1 << 20)
+                plan_pass(parts, ShardSize(nbytes=1 << 20))
     fixtures = "openslide-python-fixtures"
     assert {name for name, reason in reasons.items() if reason is None} == {*REAL, f"{fixtures}/boxes_1.dcm"}
     assert reasons["ndpi/test3-DAPI-2-387.ndpi"] == "tiles of hamamatsu slides are put together by OpenSlide"
@@ -130,7 +129,7 @@ def test_every_slide_of_the_data_passes_or_has_a_reason(test_data):
 @pytest.mark.parametrize("kind", ["tiff", "ome-tiff"])
 def test_bytes_are_those_of_the_slide(tmp_path, picture, kind):
     slide = MADE[kind](tmp_path, picture((3, 300, 333)))
-    plan = plan_pass(file_parts(slide), shard_bytes=SHARD_BYTES)
+    plan = plan_pass(file_parts(slide), ShardSize(nbytes=SHARD_BYTES))
     data = slide.read_bytes()
     with tifffile.TiffFile(slide) as tiff:
         for level in plan.levels:
@@ -147,7 +146,7 @@ def test_bytes_are_those_of_the_slide(tmp_path, picture, kind):
 
 def test_frames_are_those_of_the_files(tmp_path, picture):
     slide = write_dicom(tmp_path / "a", picture((3, 200, 150)))
-    plan = plan_pass(file_parts(slide), shard_bytes=1 << 20)
+    plan = plan_pass(file_parts(slide), ShardSize(nbytes=1 << 20))
     for level in plan.levels:
         facts = pydicom.dcmread(tmp_path / "a" / f"{level.level}.dcm")
         frames = pydicom.encaps.generate_frames(facts.PixelData, number_of_frames=facts.NumberOfFrames)
@@ -230,7 +229,7 @@ def test_what_cannot_pass_has_a_reason(tmp_path, options, reason):
     parts = file_parts(jpeg_tiff(tmp_path / "a.tif", **options))
     assert passable(parts) == reason
     with pytest.raises(ValueError, match=f"^{reason}$"):
-        plan_pass(parts, shard_bytes=1 << 20)
+        plan_pass(parts, ShardSize(nbytes=1 << 20))
 
 
 def changed(number, change):
@@ -261,7 +260,7 @@ def test_tiles_are_looked_at_beforehand(tmp_path, picture, tiles, reason):
     assert (found is None) == (reason is None)
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            plan_pass(parts, shard_bytes=1 << 20)
+            plan_pass(parts, ShardSize(nbytes=1 << 20))
 
 
 def test_a_tile_with_a_comment_is_found_when_it_is_copied_at_the_latest(tmp_path, picture):
@@ -270,7 +269,7 @@ def test_a_tile_with_a_comment_is_found_when_it_is_copied_at_the_latest(tmp_path
     slide = write_tiff(tmp_path / "a.tif", image, tiles=changed(3, commented), levels=1)
     parts = file_parts(slide)
     assert passable(parts) is None
-    level = plan_pass(parts, shard_bytes=1 << 30).levels[0]
+    level = plan_pass(parts, ShardSize(nbytes=1 << 30)).levels[0]
     says = r"a\.tif: level 0: tile \(row 0, column 3\) has COM segments, which may hold text"
     with pytest.raises(SlideError, match=says):
         level.shard((0, 0, 0))
@@ -354,7 +353,7 @@ def test_neighbours_do_not_matter(tmp_path, picture):
 @pytest.mark.parametrize("kind", ["tiff", "dicom"])
 def test_a_slide_that_changes_is_an_error(tmp_path, picture, kind):
     slide = MADE[kind](tmp_path, picture((3, 150, 160)))
-    level = plan_pass(file_parts(slide), shard_bytes=1 << 20).levels[0]
+    level = plan_pass(file_parts(slide), ShardSize(nbytes=1 << 20)).levels[0]
     with slide.open("ab") as file:
         file.write(b"more")
     with pytest.raises(SlideError, match="level 0: the file changed since it was opened"):
@@ -363,7 +362,7 @@ def test_a_slide_that_changes_is_an_error(tmp_path, picture, kind):
 
 def test_levels_pickle(tmp_path, picture):
     parts = file_parts(MADE["tiff"](tmp_path, picture((3, 150, 160))))
-    level = plan_pass(parts, shard_bytes=1 << 20).levels[0]
+    level = plan_pass(parts, ShardSize(nbytes=1 << 20)).levels[0]
     assert pickle.loads(pickle.dumps(level)).shard((0, 0, 0)) == level.shard((0, 0, 0))
 
 
@@ -375,7 +374,7 @@ def test_coarse_levels_are_encoded_as_the_source_is(tmp_path, picture, space, qu
     parts = file_parts(
         write_tiff(tmp_path / "a.tif", image, space=space, quality=quality, subsampling=subsampling)
     )
-    plan = plan_pass(parts, shard_bytes=1 << 20)
+    plan = plan_pass(parts, ShardSize(nbytes=1 << 20))
     level = plan.levels[-1]
     encoded = plan.coarse.encode(np.ascontiguousarray(image[:, :64, :64].transpose(1, 2, 0)))
     # the same tables, sampling and colours as the first tile of the source
@@ -395,16 +394,16 @@ def test_coarse_levels_of_grey_are_grey(tmp_path, picture):
     with tifffile.TiffWriter(slide) as writer:
         writer.write(iter(data), shape=image.shape[1:], dtype=np.uint8, tile=(64, 64), compression="jpeg",
                      photometric="minisblack", metadata=None)  # fmt: skip
-    coarse = plan_pass(file_parts(slide), shard_bytes=1 << 20).coarse
+    coarse = plan_pass(file_parts(slide), ShardSize(nbytes=1 << 20)).coarse
     assert coarse == JpegFormat(level=85)
     assert coarse.encode(image[0, :64, :64].copy()) == imagecodecs.jpeg8_encode(image[0, :64, :64].copy(), 85)
 
 
 def test_shards_of_the_last_level_are_bounded_in_pixels(tmp_path, picture):
     parts = file_parts(write_tiff(tmp_path / "a.tif", picture((3, 500, 700)), levels=3))
-    free = plan_pass(parts, shard_bytes=1 << 30)
+    free = plan_pass(parts, ShardSize(nbytes=1 << 30))
     assert [v.spec.grid for v in free.levels] == [(1, 8, 11), (1, 4, 6), (1, 2, 3)]
-    bound = plan_pass(parts, shard_bytes=1 << 30, max_levels=2, max_base_px=3 * 64 * 64)
+    bound = plan_pass(parts, ShardSize(nbytes=1 << 30), max_levels=2, max_base_values=9 * 64 * 64)
     assert [v.spec.grid for v in bound.levels] == [(1, 8, 11), (1, 2, 1)]
     copied = {place: bound.levels[1].shard(place) for place in bound.levels[1].places()}
     assert len(copied) == 12
@@ -417,21 +416,6 @@ def test_shards_of_the_last_level_are_bounded_in_pixels(tmp_path, picture):
 def test_halves_of_shards_are_whole_pixels(tmp_path, picture, side):
     parts = file_parts(write_dicom(tmp_path / "a", picture((3, 300, 200)), side=side, levels=1))
     for shard_bytes in (1, 10_000, 20_000, 40_000, 1 << 20):
-        spec = plan_pass(parts, shard_bytes=shard_bytes).levels[0].spec
+        spec = plan_pass(parts, ShardSize(nbytes=shard_bytes)).levels[0].spec
         for n, s in zip(spec.shape[1:], spec.shard[1:], strict=True):
             assert s >= n or s % 2 == 0
-
-
-@given(
-    rows=st.integers(1, 400), columns=st.integers(1, 400), mean=st.integers(1, 10**6),
-    wanted=st.integers(1, 10**9), most=st.integers(1, 10**5),
-)  # fmt: skip
-def test_shards_are_of_the_size_asked_for(rows, columns, mean, wanted, most):
-    down, across = tiles_per_shard((rows, columns), mean, wanted, most)
-    assert 1 <= down <= rows
-    assert 1 <= across <= columns
-    num = down * across
-    assert num == 1 or num * mean <= wanted
-    assert num <= most
-    # no smaller than it must be, but for cutting the level into equal parts
-    assert num == rows * columns or 8 * num >= min(wanted // mean, most)
