@@ -118,7 +118,8 @@ class ChunkDecoder:
         return tuple(zip(reversed(self.steps), limits, strict=True))
 
     @cached_property
-    def _stored_shape(self) -> tuple[int, ...]:
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the stored array."""
         return self.shape if self.order is None else tuple(self.shape[a] for a in self.order)
 
     @cached_property
@@ -146,14 +147,22 @@ class ChunkDecoder:
         for step, max_bytes in self._stages:
             data = _decode_step(step, data, max_bytes)
         if self.jpeg is not None:
-            stored: npt.NDArray[Any] = self.jpeg.decode(bytes(data), self._stored_shape)
+            stored: npt.NDArray[Any] = self.jpeg.decode(bytes(data), self.stored_shape)
         elif len(data) != self.nbytes:
             raise ValueError(f"{len(data)} bytes after decoding, expected {self.nbytes}")
         else:
-            stored = np.frombuffer(data, self.stored_dtype).reshape(self._stored_shape)
-        if self._axes is not None:
-            stored = stored.transpose(self._axes)
-        return stored if self.stored_dtype.isnative else stored.astype(self.dtype)
+            stored = np.frombuffer(data, self.stored_dtype).reshape(self.stored_shape)
+        chunk = self.transposed(stored)
+        return chunk if self.stored_dtype.isnative else chunk.astype(self.dtype)
+
+    @property
+    def is_zstd_alone(self) -> bool:
+        """Whether a chunk is one zstd frame of its pixels in native byte order."""
+        return self.steps == ("zstd",) and self.jpeg is None and self.stored_dtype.isnative
+
+    def transposed(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The chunk as a view of the stored array."""
+        return stored if self._axes is None else stored.transpose(self._axes)
 
 
 class _PerThread(threading.local):

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor, wait
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.errors import ReadCancelledError
 from ats_stream.io.gather import Found, Want, gather
-from ats_stream.io.sources import ChunkError, ChunkSource, Place, RawChunk, StoreSource
+from ats_stream.io.parallel import run_all
+from ats_stream.io.place import Numbered, Placer, ReadJob
+from ats_stream.io.sources import ChunkError, RawChunk, StoreSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import threading
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from ats_stream.io.plan import PatchPlan
+    from ats_stream.io.sources import ChunkSource, Place
 
 Array = npt.NDArray[Any]
-# decoding in threads pays from here on; below, handing over costs more than decoding
+# threads pay from here on; below, handing over costs more than decoding
 MIN_THREADED_CHUNKS = 16
-# chunks in flight per batch, so that memory does not grow with the request
-CHUNKS_PER_BATCH = 64
+# compiled code pays from here on: importing numba takes as long as copying some ten thousand pieces
+MIN_COMPILED_PIECES = 256
+# what a thread reads, decodes and copies at a time; little enough to stay in its cache
+PART_BYTES = 2 << 20  # 2 MiB, decoded
+PART_CHUNKS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,142 +53,156 @@ class ReadStats:
         )
 
 
-class ChunkCache:
-    """Decoded chunks up to ``max_bytes`` in all, least recently used dropped first; safe between threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._chunks: OrderedDict[tuple[int, Place], Array] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: tuple[int, Place]) -> Array | None:
-        """The chunk, or None."""
-        with self._lock:
-            chunk = self._chunks.get(key)
-            if chunk is not None:
-                self._chunks.move_to_end(key)
-            return chunk
-
-    def put(self, key: tuple[int, Place], chunk: Array) -> None:
-        """Keep a chunk; one larger than the whole cache is not kept."""
-        if chunk.nbytes > self.max_bytes:
-            return
-        with self._lock:
-            old = self._chunks.pop(key, None)
-            self._chunks[key] = chunk
-            self._bytes += chunk.nbytes - (old.nbytes if old is not None else 0)
-            while self._bytes > self.max_bytes:
-                self._bytes -= self._chunks.popitem(last=False)[1].nbytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadJob:
-    """The part of a read that concerns one level of one image."""
-
-    source: ChunkSource
-    plan: PatchPlan
-    rows_N: npt.NDArray[np.int64] | None
-    """Where each patch of the plan goes in the result; None for the same order."""
-    level: int
-    cache: ChunkCache | None
-
-
 def read_jobs(
     jobs: Sequence[ReadJob], out: Array, *, num_threads: int, cancel: threading.Event | None = None
 ) -> list[ReadStats]:
     """Fill ``out`` (N, *size) with the pieces of all plans; pixels outside of a level stay as they are.
 
-    Local chunks are read one after another, remote ones at once, over all jobs. When this returns or raises,
-    nothing writes into ``out`` any more. Raises ChunkError with the number of its job, and ReadCancelledError
-    once ``cancel`` is set.
+    Of local chunks each thread reads and decodes a few, then the next few; remote ones are asked for all at
+    once, over all jobs, and decoded as they arrive. When this returns or raises, nothing writes into ``out``
+    any more. Raises ChunkError with the number of its job (of local jobs, the first in the order of the
+    plans), and ReadCancelledError once ``cancel`` is set.
     """
-    placers = [_Placer(number, job, out) for number, job in enumerate(jobs)]
-    num_chunks, stored_bytes = [0] * len(jobs), [0] * len(jobs)
-    is_large = sum(job.plan.num_chunks for job in jobs) >= MIN_THREADED_CHUNKS
-    pool = _thread_pool(num_threads) if num_threads > 1 and is_large else None
-
-    def place_all(part: list[Found]) -> None:
-        for found in part:
-            placers[found.job].place(found.number, found.raw)
-
-    for batch in _arriving(jobs, cancel):
-        if cancel is not None and cancel.is_set():
-            raise ReadCancelledError("reading was cancelled")
-        for found in batch:
-            if found.raw.stored_bytes >= 0:
-                num_chunks[found.job] += 1
-                stored_bytes[found.job] += found.raw.stored_bytes
-        if pool is None:
-            place_all(batch)
-            continue
-        # one task per thread: handing over single chunks costs as much as decoding them
-        tasks = [pool.submit(place_all, batch[i::num_threads]) for i in range(num_threads)]
-        wait(tasks)
-        for task in tasks:
-            task.result()
-    return [
-        ReadStats(num_chunks=n, stored_bytes=b, decoded_bytes=n * placer.chunk_bytes)
-        for n, b, placer in zip(num_chunks, stored_bytes, placers, strict=True)
-    ]
+    is_large = sum(len(job.plan.piece_patch) for job in jobs) >= MIN_COMPILED_PIECES
+    readers = [_Reader(number, job, out, is_large=is_large) for number, job in enumerate(jobs)]
+    local = [reader for reader in readers if not _is_remote(reader.source)]
+    remote = [reader for reader in readers if _is_remote(reader.source)]
+    num_chunks = sum(reader.num_chunks for reader in local)
+    parts = (
+        partial(reader.read, part)
+        for reader in local
+        for part in reader.parts(_part_length(reader.chunk_bytes, num_chunks, num_threads))
+    )
+    run_all(parts, num_threads if num_chunks >= MIN_THREADED_CHUNKS else 1, cancel)
+    for batch in _arriving(remote, cancel):
+        ordered = sorted(batch, key=lambda found: found.job)
+        arrived = []
+        for number, of_job in groupby(ordered, key=lambda found: found.job):
+            reader, chunks = readers[number], [(found.number, found.raw) for found in of_job]
+            length = _part_length(reader.chunk_bytes, len(batch), num_threads)
+            arrived += [partial(reader.place, chunks[i : i + length]) for i in range(0, len(chunks), length)]
+        run_all(arrived, num_threads if len(batch) >= MIN_THREADED_CHUNKS else 1, cancel)
+    return [reader.stats() for reader in readers]
 
 
-class _Placer:
-    """Decodes the chunks of one job and copies their pieces to where they belong."""
+def _part_length(chunk_bytes: int, num_chunks: int, num_threads: int) -> int:
+    """Chunks that a thread takes at a time: something for each, and no more than what stays in its cache."""
+    return max(1, min(PART_CHUNKS, PART_BYTES // chunk_bytes, -(-num_chunks // num_threads)))
 
-    def __init__(self, number: int, job: ReadJob, out: Array) -> None:
+
+class _Reader:
+    """Reads the chunks of one job, and counts them."""
+
+    def __init__(self, number: int, job: ReadJob, out: Array, *, is_large: bool) -> None:
         plan = job.plan
-        self.number, self.job, self.out = number, job, out
-        self.source_start, self.source_stop, self.target_start, self.target_stop = (
-            a.tolist()
-            for first in (plan.piece_source, plan.piece_target)
-            for a in (first, first + plan.piece_size)
-        )
-        rows_P = plan.piece_patch if job.rows_N is None else job.rows_N[plan.piece_patch]
-        self.rows, self.first_piece = rows_P.tolist(), plan.first_piece.tolist()
+        self.number, self.job, self.source = number, job, job.source
+        self.num_chunks = plan.num_chunks
         self.chunk_bytes = math.prod(job.source.chunk_shape) * job.source.dtype.itemsize
+        self._placer = Placer(job, out, compiled=is_large)
+        self._places: list[Place] = [tuple(place) for place in plan.chunks.tolist()]
+        self._shards: list[Place] = [tuple(shard) for shard in plan.shards.tolist()]
+        self._bounds: list[int] = plan.first_chunk.tolist()
+        self._counts: list[tuple[int, int]] = []
 
-    def place(self, number: int, raw: RawChunk) -> None:
-        """Copy the pieces of one chunk."""
-        is_absent = raw.data is None
-        chunk = self.job.source.fill_value if is_absent else self._decode(raw)
-        for p in range(self.first_piece[number], self.first_piece[number + 1]):
-            what = chunk if is_absent else chunk[(*map(slice, self.source_start[p], self.source_stop[p]),)]
-            self.out[(self.rows[p], *map(slice, self.target_start[p], self.target_stop[p]))] = what
+    def parts(self, length: int) -> Iterator[range]:
+        """The numbers of all chunks in parts of at most ``length``, cut between shards where that can be."""
+        first = 0
+        for begin, end in pairwise(self._bounds):
+            if first < begin and end - first > length:
+                yield range(first, begin)
+                first = begin
+            while end - first > length:
+                yield range(first, first + length)
+                first += length
+        if first < self.num_chunks:
+            yield range(first, self.num_chunks)
 
-    def _decode(self, raw: RawChunk) -> Array:
-        if isinstance(raw.data, np.ndarray):
-            return raw.data  # from the cache
+    def read(self, part: range) -> None:
+        """Read, decode and copy chunks of a local level."""
+        if not self._placer.can_read_files:
+            self.place(self._fetch(part.start, part.stop))
+            return
+        for shard, numbers in self._spans(part.start, part.stop):
+            self._read_file(shard, numbers)
+
+    def _read_file(self, shard: Place, numbers: range) -> None:
+        """The same for chunks of one shard, by compiled code; whatever it cannot do is left to the rest."""
+        assert isinstance(self.source, StoreSource)
+        left = np.arange(numbers.start, numbers.stop)
+
+        def use(file: int, found_K2: npt.NDArray[np.int64]) -> None:
+            nonlocal left
+            is_done_K = self._placer.place_file(file, found_K2, left)
+            self._counts.append((int(is_done_K.sum()), int(found_K2[is_done_K, 1].sum())))
+            left = left[~is_done_K]
+
         try:
-            chunk = self.job.source.decode(raw)
+            self.source.fetch_located(shard, self.job.plan.chunks[numbers.start : numbers.stop], use)
         except ChunkError as error:
             error.job = self.number
             raise
-        if self.job.cache is not None:
-            self.job.cache.put((self.job.level, raw.place), chunk)
-        return chunk
+        if len(left):
+            rest = left.tolist()
+            self.place(zip(rest, self.source.fetch(shard, self.places(rest)), strict=True))
+
+    def place(self, chunks: Iterable[Numbered]) -> None:
+        """Decode and copy chunks, given with their numbers."""
+        try:
+            chunks = list(chunks)
+            self._placer.place(chunks)
+        except ChunkError as error:
+            error.job = self.number
+            raise
+        stored = [raw.stored_bytes for _, raw in chunks if raw.stored_bytes >= 0]
+        self._counts.append((len(stored), sum(stored)))
+
+    def stats(self) -> ReadStats:
+        """What was read so far."""
+        num_chunks, stored_bytes = (sum(values) for values in zip((0, 0), *self._counts, strict=True))
+        decoded_bytes = num_chunks * self.chunk_bytes
+        return ReadStats(num_chunks=num_chunks, stored_bytes=stored_bytes, decoded_bytes=decoded_bytes)
+
+    def shards(self, first: int, last: int) -> Iterator[tuple[Place, list[int], list[Numbered]]]:
+        """Each shard of the chunks from ``first`` to before ``last``: numbers of those to be read, and those
+        from the cache, which come decoded, with -1 stored bytes.
+        """
+        cache, level = self.job.cache, self.job.level
+        for shard, span in self._spans(first, last):
+            numbers, cached = list(span), []
+            if cache is not None:
+                found = [(n, cache.get((level, self._places[n]))) for n in numbers]
+                cached = [(n, RawChunk(self._places[n], got, -1)) for n, got in found if got is not None]
+                numbers = [n for n, got in found if got is None]
+            yield shard, numbers, cached
+
+    def _spans(self, first: int, last: int) -> Iterator[tuple[Place, range]]:
+        """Each shard of the chunks from ``first`` to before ``last``, and the numbers of its chunks there."""
+        for s in range(bisect_right(self._bounds, first) - 1, len(self._shards)):
+            if self._bounds[s] >= last:
+                return
+            yield self._shards[s], range(max(first, self._bounds[s]), min(last, self._bounds[s + 1]))
+
+    def places(self, numbers: Sequence[int]) -> list[Place]:
+        """Of chunks, in the chunk grid."""
+        return [self._places[n] for n in numbers]
+
+    def _fetch(self, first: int, last: int) -> Iterator[Numbered]:
+        for shard, numbers, cached in self.shards(first, last):
+            yield from cached
+            if numbers:
+                yield from zip(numbers, self.source.fetch(shard, self.places(numbers)), strict=True)
 
 
-def _arriving(jobs: Sequence[ReadJob], cancel: threading.Event | None) -> Iterator[list[Found]]:
-    """All chunks of all jobs in batches; one from the cache comes decoded, with -1 stored bytes."""
-    remote = [number for number, job in enumerate(jobs) if _is_remote(job.source)]
-    local = [number for number in range(len(jobs)) if number not in remote]
-    yield from _batches(found for number in local for found in _fetch(number, jobs[number]))
+def _arriving(readers: Sequence[_Reader], cancel: threading.Event | None) -> Iterator[list[Found]]:
+    """All chunks of remote jobs, as they come."""
     wants: list[Want] = []
     cached: list[Found] = []
-    for number in remote:
-        job = jobs[number]
-        for shard, numbers, places in _shards(job.plan):
-            wanted = []
-            for n, place in zip(numbers, places, strict=True):
-                chunk = job.cache.get((job.level, place)) if job.cache is not None else None
-                if chunk is None:
-                    wanted.append((n, place))
-                else:
-                    cached.append(Found(number, n, RawChunk(place, chunk, -1)))
-            if wanted:
-                assert isinstance(job.source, StoreSource)
-                wants.append(Want(number, job.source, shard, [n for n, _ in wanted], [p for _, p in wanted]))
+    for reader in readers:
+        assert isinstance(reader.source, StoreSource)
+        for shard, numbers, at_hand in reader.shards(0, reader.num_chunks):
+            cached += [Found(reader.number, number, raw) for number, raw in at_hand]
+            if numbers:
+                wants.append(Want(reader.number, reader.source, shard, numbers, reader.places(numbers)))
     if cached:
         yield cached
     if wants:
@@ -194,54 +211,3 @@ def _arriving(jobs: Sequence[ReadJob], cancel: threading.Event | None) -> Iterat
 
 def _is_remote(source: ChunkSource) -> bool:
     return isinstance(source, StoreSource) and source.store.is_remote
-
-
-def _shards(plan: PatchPlan) -> Iterator[tuple[Place, range, list[Place]]]:
-    """Each shard of a plan with the numbers and places of its chunks."""
-    places: list[Place] = [tuple(p) for p in plan.chunks.tolist()]
-    bounds = plan.first_chunk.tolist()
-    for s, shard in enumerate(plan.shards.tolist()):
-        yield tuple(shard), range(bounds[s], bounds[s + 1]), places[bounds[s] : bounds[s + 1]]
-
-
-def _fetch(job_number: int, job: ReadJob) -> Iterator[Found]:
-    """Read the chunks of a local job one after another."""
-    source, cache, level = job.source, job.cache, job.level
-    for shard, numbers, places in _shards(job.plan):
-        wanted = list(numbers)
-        if cache is not None:
-            wanted = []
-            for number, place in zip(numbers, places, strict=True):
-                chunk = cache.get((level, place))
-                if chunk is None:
-                    wanted.append(number)
-                else:
-                    yield Found(job_number, number, RawChunk(place, chunk, -1))
-        if not wanted:
-            continue
-        first = numbers[0]
-        try:
-            fetched = source.fetch(shard, [places[n - first] for n in wanted])
-            for number, raw in zip(wanted, fetched, strict=True):
-                yield Found(job_number, number, raw)
-        except ChunkError as error:
-            error.job = job_number
-            raise
-
-
-def _batches(items: Iterator[Found]) -> Iterator[list[Found]]:
-    while batch := list(islice(items, CHUNKS_PER_BATCH)):
-        yield batch
-
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
-    """One pool per size and process: threads do not survive a fork, so a child makes its own."""
-    key = (os.getpid(), num_threads)
-    with _pools_lock:
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(num_threads, thread_name_prefix="ats-decode")
-        return _pools[key]

@@ -5,15 +5,13 @@ A request that fails for a passing reason is repeated in its thread; any other f
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ats_stream.errors import ReadCancelledError
+from ats_stream.io.parallel import check_cancelled, thread_pool
 from ats_stream.io.plan import coalesce
 from ats_stream.io.sources import ChunkError, RawChunk
 
@@ -89,7 +87,7 @@ def gather(
     waiting = deque(_locating(want, config) for want in wants)
     arrived: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     stop = threading.Event()
-    pool = _request_pool(config.max_requests)
+    pool = thread_pool("ats-request", config.max_requests)
     num_running = inflight_bytes = 0
 
     def run(task: _Task) -> None:
@@ -129,8 +127,7 @@ def _take(
 ) -> Iterator[tuple[int, Any]]:
     """Wait for one result, then take all that are there."""
     while True:
-        if cancel is not None and cancel.is_set():
-            raise ReadCancelledError("reading was cancelled")
+        check_cancelled(cancel)
         try:
             yield arrived.get(timeout=None if cancel is None else POLL_S)
             break
@@ -194,16 +191,3 @@ def _reading(want: Want, ranges: list[StoredRange], numbers: dict[Place, int]) -
         return chunks, []
 
     return _Task(want.job, want.source.layout.decoder.nbytes if nbytes is None else nbytes, run)
-
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _request_pool(num_threads: int) -> ThreadPoolExecutor:
-    """One pool per size and process: threads do not survive a fork, so a child makes its own."""
-    key = (os.getpid(), num_threads)
-    with _pools_lock:
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(num_threads, thread_name_prefix="ats-request")
-        return _pools[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class ArrayLayout:
     key_prefix: str
     key_separator: str
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """Chunks per shard along each axis."""
         return tuple(s // c for s, c in zip(self.shard_shape, self.chunk_shape, strict=True))

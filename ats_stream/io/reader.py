@@ -16,8 +16,10 @@ import numpy.typing as npt
 import psutil
 
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io.fetch import ChunkCache, ReadJob, ReadStats, read_jobs
+from ats_stream.io.chunk_cache import ChunkCache
+from ats_stream.io.fetch import ReadStats, read_jobs
 from ats_stream.io.layout import grid_shape
+from ats_stream.io.place import ReadJob
 from ats_stream.io.plan import plan_patches
 from ats_stream.io.sources import ChunkError, ChunkSource, StoreSource
 from ats_stream.io.zarr_source import ZarrSource

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -20,9 +21,10 @@ from ats_stream.io.retry import with_retries
 from ats_stream.io.shard import ABSENT, check_index, index_nbytes, parse_index
 from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError
 from ats_stream.io.stores import OPEN_FLAGS as OPEN_FLAGS
+from ats_stream.io.stores import LocalBlob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from threading import Event
 
     from ats_stream.io.layout import ArrayLayout
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Place = tuple[int, ...]
 Value = TypeVar("Value")
+UseRanges = Callable[[int, npt.NDArray[np.int64]], None]
 INDEX_CACHE_BYTES = 16 << 20  # 16 MiB: a thousand shards of 32 x 32 chunks
 
 
@@ -90,9 +93,9 @@ class AxisMap:
                 result[axis] = int(value)
         return tuple(result)
 
-    def stored_rows(self, places: Sequence[Place]) -> npt.NDArray[np.int64]:
+    def stored_rows(self, places: Sequence[Place] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The same for many places at once, one per row."""
-        rows = np.array(places, np.int64).reshape(-1, len(self.keep))
+        rows = np.asarray(places, np.int64).reshape(-1, len(self.keep))
         if self.is_identity:
             return rows
         result = np.zeros((len(rows), self.ndim), np.int64)
@@ -174,6 +177,20 @@ class StoreSource:
         """Size of the index of a shard."""
         return index_nbytes(self.layout.grid, has_crc=self.layout.index_has_crc)
 
+    @cached_property
+    def zstd_layout(self) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+        """Bytes in the zstd frame of a chunk; shape (C, *space) and strides in bytes of the chunk in them.
+
+        None when chunks are anything else than one zstd frame of pixels.
+        """
+        decoder = self.layout.decoder
+        if not decoder.is_zstd_alone:
+            return None
+        stored = np.empty(decoder.stored_shape, self.dtype)
+        chunk = self.axes.array(decoder.transposed(stored))
+        is_view = chunk.ctypes.data == stored.ctypes.data
+        return (decoder.nbytes, chunk.shape, chunk.strides) if is_view else None
+
     def fetch(self, shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
         """Read the byte ranges of the chunks; a missing key means that all its chunks are absent."""
         name = self.layout.key(self.axes.stored(shard))
@@ -192,11 +209,8 @@ class StoreSource:
             data = blob.whole(self.layout.decoder.max_stored_bytes)
             yield RawChunk(places[0], data, len(data))
             return
-        index = self._indices.get(name, blob.stamp)
-        if index is None:
-            index = self._read_index(blob, name)
-            self._indices.put(name, blob.stamp, index)
-        for place, (start, nbytes) in zip(places, self._find(index, places), strict=True):
+        found = self._find(self._index_of(blob, name), places).tolist()
+        for place, (start, nbytes) in zip(places, found, strict=True):
             if start == ABSENT:
                 yield RawChunk(place, None, 0)
                 continue
@@ -206,6 +220,31 @@ class StoreSource:
                     f"shard {name} is truncated: chunk {place} has {len(data)} of {nbytes} bytes"
                 )
             yield RawChunk(place, data, nbytes)
+
+    def fetch_located(self, shard: Place, places_KD: npt.NDArray[np.int64], use: UseRanges) -> None:
+        """Let compiled code read chunks of a shard: ``use`` gets the number of the open file, and for every
+        chunk where it begins and its size (K, 2), both -1 where it is absent.
+
+        It is not called where the shard is no file, or one that should rather be looked at by :meth:`fetch`.
+        """
+        name, layout = self.layout.key(self.axes.stored(shard)), self.layout
+        try:
+            blob = self.store.open(self.prefix + name)
+            if blob is None:
+                return
+            with blob:
+                if not isinstance(blob, LocalBlob):
+                    return
+                if layout.is_sharded:
+                    found_K2 = self._find(self._index_of(blob, name), places_KD)
+                    found_K2[found_K2[:, 0] == ABSENT] = ABSENT
+                elif blob.size <= layout.decoder.max_stored_bytes:
+                    found_K2 = np.array([[0, blob.size]], np.uint64)
+                else:
+                    return
+                use(blob.fileno(), found_K2.view(np.int64))
+        except StoreError as error:
+            raise ChunkError(self._short(error, name)) from error
 
     def locate(self, shard: Place, places: Sequence[Place], stop: Event) -> list[StoredRange] | None:
         """Where the chunks lie that are there; None when the whole shard is absent."""
@@ -221,7 +260,7 @@ class StoreSource:
             if index is None:
                 return None
             self._indices.put(name, None, index)
-        found = zip(places, self._find(index, places), strict=True)
+        found = zip(places, self._find(index, places).tolist(), strict=True)
         return [StoredRange(place, start, nbytes) for place, (start, nbytes) in found if start != ABSENT]
 
     def read(self, shard: Place, start: int, nbytes: int | None, stop: Event) -> bytes | None:
@@ -264,17 +303,25 @@ class StoreSource:
         """The key inside of the level alone: the error that users see names slide and level."""
         return str(error).replace(self.prefix + name, name, 1)
 
-    def _find(self, index: npt.NDArray[np.uint64], places: Sequence[Place]) -> list[list[int]]:
-        """Start and size in bytes of each chunk of a shard, as its index has them: ABSENT for none."""
-        inner_KD = self.axes.stored_rows(places) % np.array(self.layout.grid)
-        found_K2 = index[tuple(inner_KD.T)]
+    def _index_of(self, blob: Blob, name: str) -> npt.NDArray[np.uint64]:
+        """The index of a local shard, read when it is not known or the file has changed since."""
+        index = self._indices.get(name, blob.stamp)
+        if index is None:
+            index = self._read_index(blob, name)
+            self._indices.put(name, blob.stamp, index)
+        return index
+
+    def _find(
+        self, index: npt.NDArray[np.uint64], places: Sequence[Place] | npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint64]:
+        """Start and size in bytes (K, 2) of the chunks of a shard, as its index has them: ABSENT for none."""
+        inner_KD = self.axes.stored_rows(places) % self.layout.grid
+        found_K2: npt.NDArray[np.uint64] = index[tuple(inner_KD.T)]
         limit = self.layout.decoder.max_stored_bytes
         for k in np.flatnonzero((found_K2[:, 0] != ABSENT) & (found_K2[:, 1] > limit)).tolist()[:1]:
-            raise ChunkError(
-                f"chunk {places[k]} is damaged: {found_K2[k, 1]} bytes, no codec needs more than {limit}"
-            )
-        ranges: list[list[int]] = found_K2.tolist()
-        return ranges
+            place, nbytes = tuple(map(int, places[k])), found_K2[k, 1]
+            raise ChunkError(f"chunk {place} is damaged: {nbytes} bytes, no codec needs more than {limit}")
+        return found_K2
 
     def _read_index(self, blob: Blob, name: str) -> npt.NDArray[np.uint64]:
         layout = self.layout

@@ -103,6 +103,10 @@ class LocalBlob:
         """Size and time of change."""
         return self._info.st_size, self._info.st_mtime_ns
 
+    def fileno(self) -> int:
+        """The file descriptor, as long as the file is open."""
+        return self._fd
+
     def read(self, start: int, nbytes: int) -> bytes:
         """Bytes from ``start``."""
         try:

@@ -1,0 +1,171 @@
+# mypy: ignore-errors
+# numba infers types by its own rules
+"""Placing of chunks, compiled by numba: the pieces of many chunks in one call, without the interpreter lock.
+
+Imported on first use, because numba takes some tenths of a second. Memory is given by address and strides in
+bytes. Every piece is held against the shapes of its chunk and of the result before anything is copied.
+
+Shape letters: K chunks, D axes, P pieces, as in :mod:`ats_stream.io.plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_jit = functools.partial(numba.njit, nogil=True, error_model="numpy")
+
+
+def _cached(function: Callable[..., Any]) -> Any:
+    """Compile with a cache on disk, if there is a folder that can be written."""
+    try:
+        return _jit(cache=True)(function)
+    except (RuntimeError, OSError):
+        return _jit()(function)
+
+
+@intrinsic
+def _copy(_context: Any, _to: Any, _from: Any, _nbytes: Any) -> Any:
+    """``memcpy`` between addresses."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, ir.IntType(64)])
+        to, source = (builder.inttoptr(address, pointer) for address in arguments[:2])
+        builder.call(memcpy, [to, source, arguments[2], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _mover(num_bits: int) -> Any:
+    """Copy one number of so many bits between addresses, aligned or not."""
+
+    @intrinsic
+    def move(_context: Any, _to: Any, _from: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            pointer = ir.IntType(num_bits).as_pointer()
+            value = builder.load(builder.inttoptr(arguments[1], pointer), align=1)
+            builder.store(value, builder.inttoptr(arguments[0], pointer), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return move
+
+
+_move1, _move2, _move4, _move8 = (_mover(num_bits) for num_bits in (8, 16, 32, 64))
+
+
+@intrinsic
+def _call(_context: Any, _function: Any, _arguments: Any) -> Any:
+    """Call the C function at an address with integers as wide as addresses; it gives back one of them."""
+    if not isinstance(_arguments, types.UniTuple):
+        return None
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        values = cgutils.unpack_tuple(builder, arguments[1])
+        function = ir.FunctionType(word, [word] * len(values)).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], function), values)
+
+    return types.int64(types.int64, types.UniTuple(types.int64, len(_arguments))), generate
+
+
+@_jit()
+def _copy_row(to, to_stride, source, source_stride, length, itemsize):
+    if to_stride == itemsize and source_stride == itemsize:
+        _copy(to, source, length * itemsize)
+    elif itemsize == 1:
+        for i in range(length):
+            _move1(to + i * to_stride, source + i * source_stride)
+    elif itemsize == 2:
+        for i in range(length):
+            _move2(to + i * to_stride, source + i * source_stride)
+    elif itemsize == 4:
+        for i in range(length):
+            _move4(to + i * to_stride, source + i * source_stride)
+    else:
+        for i in range(length):
+            _move8(to + i * to_stride, source + i * source_stride)
+
+
+@_jit()
+def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
+    """Copy the pieces of one chunk; False, before any is copied, when one of them does not fit."""
+    first_piece, rows_P, source_PD, target_PD, size_PD = plan
+    address, out_shape, out_strides, itemsize = out
+    num_axes = len(shape_D)
+    for p in range(first_piece[number], first_piece[number + 1]):
+        if not 0 <= rows_P[p] < out_shape[0]:
+            return False
+        for a in range(num_axes):
+            size, source, target = size_PD[p, a], source_PD[p, a], target_PD[p, a]
+            if size < 1 or source < 0 or target < 0:
+                return False
+            if source + size > shape_D[a] or target + size > out_shape[a + 1]:
+                return False
+    # rows are counted along the axis before the last; the axes before that are few and small
+    y, x = num_axes - 2, num_axes - 1
+    for p in range(first_piece[number], first_piece[number + 1]):
+        source, target = chunk, address + rows_P[p] * out_strides[0]
+        num_planes = 1
+        for a in range(num_axes):
+            source += source_PD[p, a] * strides_D[a]
+            target += target_PD[p, a] * out_strides[a + 1]
+            if a < y:
+                num_planes *= size_PD[p, a]
+        for plane in range(num_planes):
+            from_row, to_row, rest = source, target, plane
+            for a in range(y - 1, -1, -1):
+                from_row += rest % size_PD[p, a] * strides_D[a]
+                to_row += rest % size_PD[p, a] * out_strides[a + 1]
+                rest //= size_PD[p, a]
+            for _ in range(size_PD[p, y]):
+                _copy_row(to_row, out_strides[x + 1], from_row, strides_D[x], size_PD[p, x], itemsize)
+                from_row += strides_D[y]
+                to_row += out_strides[y + 1]
+    return True
+
+
+@_cached
+def place(chunks_K, strides_KD, shapes_KD, numbers_K, plan, out):
+    """Copy the pieces of decoded chunks; the first chunk whose pieces do not fit, or K."""
+    for k in range(len(chunks_K)):
+        if not _place_chunk(chunks_K[k], strides_KD[k], shapes_KD[k], numbers_K[k], plan, out):
+            return k
+    return len(chunks_K)
+
+
+@_cached
+def place_zstd(is_done_K, functions, file, data_K2, zstd, layout, numbers_K, plan, out):
+    """Decode chunks, each a zstd frame, and copy their pieces; note which of them were what they must be.
+
+    ``functions`` are the addresses of ``pread`` and of the decoder; ``file`` the number of an open file, and
+    the address of memory for a frame; ``data_K2`` where each frame begins and its size, below 0 for none.
+    With -1 for the file, frames begin at addresses. ``zstd`` are the address of the decoder's context, and
+    the address and size of the memory that every chunk is decoded into; ``layout`` its shape and strides.
+    """
+    pread, decompress = functions
+    number, frame = file
+    context, chunk, nbytes = zstd
+    shape_D, strides_D = layout
+    for k in range(len(numbers_K)):
+        begin, size = data_K2[k, 0], data_K2[k, 1]
+        if size < 0:
+            continue
+        if number >= 0:
+            if _call(pread, (number, frame, size, begin)) != size:
+                continue
+            begin = frame
+        if _call(decompress, (context, chunk, nbytes, begin, size)) == nbytes:
+            is_done_K[k] = _place_chunk(chunk, strides_D, shape_D, numbers_K[k], plan, out)
