@@ -10,27 +10,14 @@ Shape letters: K chunks, D axes, P pieces, as in :mod:`ats_stream.io.plan`.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_jit = functools.partial(numba.njit, nogil=True, error_model="numpy")
-
-
-def _cached(function: Callable[..., Any]) -> Any:
-    """Compile with a cache on disk, if there is a folder that can be written."""
-    try:
-        return _jit(cache=True)(function)
-    except (RuntimeError, OSError):
-        return _jit()(function)
+from ats_stream.compiling import cached, jit
 
 
 @intrinsic
@@ -81,7 +68,7 @@ def _call(_context: Any, _function: Any, _arguments: Any) -> Any:
     return types.int64(types.int64, types.UniTuple(types.int64, len(_arguments))), generate
 
 
-@_jit()
+@jit()
 def _copy_row(to, to_stride, source, source_stride, length, itemsize):
     if to_stride == itemsize and source_stride == itemsize:
         _copy(to, source, length * itemsize)
@@ -99,7 +86,7 @@ def _copy_row(to, to_stride, source, source_stride, length, itemsize):
             _move8(to + i * to_stride, source + i * source_stride)
 
 
-@_jit()
+@jit()
 def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
     """Copy the pieces of one chunk; False, before any is copied, when one of them does not fit."""
     first_piece, rows_P, source_PD, target_PD, size_PD = plan
@@ -137,7 +124,7 @@ def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
     return True
 
 
-@_cached
+@cached
 def place(chunks_K, strides_KD, shapes_KD, numbers_K, plan, out):
     """Copy the pieces of decoded chunks; the first chunk whose pieces do not fit, or K."""
     for k in range(len(chunks_K)):
@@ -146,7 +133,7 @@ def place(chunks_K, strides_KD, shapes_KD, numbers_K, plan, out):
     return len(chunks_K)
 
 
-@_cached
+@cached
 def place_zstd(is_done_K, functions, file, data_K2, zstd, layout, numbers_K, plan, out):
     """Decode chunks, each a zstd frame, and copy their pieces; note which of them were what they must be.
 

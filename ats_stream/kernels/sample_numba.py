@@ -18,20 +18,16 @@ Letters: n positions of a block, K arrivals kept, four positions are one Philox 
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ats_stream.compiling import cached, jit
 from ats_stream.kernels import arithmetic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 BLOCK = 1024
 NUM_GROUPS = BLOCK // 4 + 1  # a block may begin inside a group
@@ -61,17 +57,6 @@ _PADDING_INDEX = arithmetic.PADDING_INDEX
 _NEVER = -math.inf
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = range(4)
-
-
-_jit = functools.partial(numba.njit, nogil=True, error_model="numpy")
-
-
-def _cached(function: Callable[..., Any]) -> Any:
-    """Compile with a cache on disk, if there is a folder that can be written."""
-    try:
-        return _jit(cache=True)(function)
-    except (RuntimeError, OSError):
-        return _jit()(function)
 
 
 @intrinsic
@@ -107,7 +92,7 @@ def _float32_of_bits(_context: Any, _x: Any) -> Any:
 # Philox ---------------------------------------------------------------------------------------------------
 
 
-@_jit(forceinline=True)  # a loop around a call is not vectorised
+@jit(forceinline=True)  # a loop around a call is not vectorised
 def _philox(group, stream_low, stream_high, purpose, key0, key1):
     c0, c1, c2, c3 = group, stream_low, stream_high, purpose
     for _ in range(_ROUNDS):
@@ -122,7 +107,7 @@ def _philox(group, stream_low, stream_high, purpose, key0, key1):
     return c0, c1, c2, c3
 
 
-@_jit()
+@jit()
 def _word(index, stream_low, stream_high, purpose, key0, key1):
     w0, w1, w2, w3 = _philox(index >> _2, stream_low, stream_high, purpose, key0, key1)
     lane = index & _3
@@ -131,7 +116,7 @@ def _word(index, stream_low, stream_high, purpose, key0, key1):
     return odd if lane & np.uint64(1) else even
 
 
-@_jit()
+@jit()
 def _smallest_words(first, count, stream_low, stream_high, key0, key1, out):
     """The smallest high word of each of ``count`` groups."""
     for j in range(count):
@@ -141,7 +126,7 @@ def _smallest_words(first, count, stream_low, stream_high, key0, key1, out):
         out[j] = np.uint32(min(a, b))
 
 
-@_jit()
+@jit()
 def _scattered_words(index, stream_low, stream_high, key0, key1, out):
     for j in range(len(index)):
         out[j] = np.uint32(_word(np.uint64(index[j]), stream_low, stream_high, np.uint64(0), key0, key1))
@@ -150,7 +135,7 @@ def _scattered_words(index, stream_low, stream_high, key0, key1, out):
 # Logarithm and exponential, operation by operation those of ats_stream.sampling.logarithm -------------------
 
 
-@_jit()
+@jit()
 def _twice_atanh(s):
     square = s * s
     series = 1 / (2 * _NUM_LOG_TERMS - 1)
@@ -159,7 +144,7 @@ def _twice_atanh(s):
     return (s * 2) * series
 
 
-@_jit()
+@jit()
 def _log(x):
     mantissa, exponent = math.frexp(x)
     if mantissa < _SQRT_HALF:
@@ -170,14 +155,14 @@ def _log(x):
     return k * _LN2_HIGH + (k * _LN2_LOW + residue)
 
 
-@_jit()
+@jit()
 def _minus_log1m(u):
     if u < 0.25:
         return _twice_atanh(u / (2 - u))
     return -_log(1 - u)
 
 
-@_jit(forceinline=True)  # a loop around a call is not vectorised
+@jit(forceinline=True)  # a loop around a call is not vectorised
 def _scaled_exp(x, shift):
     """e^x 2^(shift - 1023) for |x| <= 2^30, where the result is a normal number."""
     z = x * _LOG2_E + _INTEGER
@@ -195,7 +180,7 @@ def _scaled_exp(x, shift):
 # The race ---------------------------------------------------------------------------------------------------
 
 
-@_jit()
+@jit()
 def _key(index, high, logit, stream_low, stream_high, key0, key1):
     low = _word(index, stream_low, stream_high, np.uint64(1), key0, key1)
     bits = (np.int64(high) << 21) | (np.int64(low) >> 11)
@@ -203,12 +188,12 @@ def _key(index, high, logit, stream_low, stream_high, key0, key1):
     return _log(_minus_log1m(u)) - logit
 
 
-@_jit()
+@jit()
 def _is_before(key, index, other_key, other_index):
     return key < other_key or (key == other_key and index < other_index)
 
 
-@_jit()
+@jit()
 def _sift_up(keys, indices, logits, place):
     """Move an entry of the heap, whose last arrival is on top, up to where it belongs."""
     while place > 0:
@@ -219,7 +204,7 @@ def _sift_up(keys, indices, logits, place):
         place = parent
 
 
-@_jit()
+@jit()
 def _sift_down(keys, indices, logits, count):
     """Move the top entry of a heap of ``count`` down to where it belongs."""
     place = 0
@@ -235,24 +220,24 @@ def _sift_down(keys, indices, logits, count):
         place = child
 
 
-@_jit()
+@jit()
 def _swap(keys, indices, logits, a, b):
     keys[a], keys[b] = keys[b], keys[a]
     indices[a], indices[b] = indices[b], indices[a]
     logits[a], logits[b] = logits[b], logits[a]
 
 
-@_jit()
+@jit()
 def _unit(peak):
     return math.floor(np.rint(peak * _LOG2_E) / _BITS)
 
 
-@_jit()
+@jit()
 def _is_far(peak):
     return not abs(peak) <= _FAR
 
 
-@_jit()
+@jit()
 def _raise_peak(levels, peak, new_peak):
     """Bring the sums under the unit of a peak that is higher."""
     if _is_far(peak) or _is_far(new_peak):
@@ -263,7 +248,7 @@ def _raise_peak(levels, peak, new_peak):
         levels[level] = levels[level - steps] if level >= steps else 0
 
 
-@_jit()
+@jit()
 def _add_one(levels, peak, logit):
     """Add the weight of one logit that is not above the peak."""
     if _is_far(peak):
@@ -279,13 +264,13 @@ def _add_one(levels, peak, logit):
         w = w - (rounded - rounder)
 
 
-@_jit()
+@jit()
 def _scaled_exps(x, lowest, shift, out):
     for j in range(len(x)):
         out[j] = _scaled_exp(max(x[j], lowest), shift)
 
 
-@_jit()
+@jit()
 def _add_many(levels, w):
     sum1, sum2, sum3 = np.int64(0), np.int64(0), np.int64(0)
     for j in range(len(w)):
@@ -303,7 +288,7 @@ def _add_many(levels, w):
     levels[2] += sum3
 
 
-@_jit()
+@jit()
 def _add_block(levels, peak, x, largest, w):
     """Add the weights of a block, whose largest logit is given, and return the peak."""
     if largest == _NEVER:
@@ -321,7 +306,7 @@ def _add_block(levels, peak, x, largest, w):
     return peak
 
 
-@_jit(fastmath={"nnan", "nsz"})
+@jit(fastmath={"nnan", "nsz"})
 def _largest(x):
     largest = _NEVER
     for j in range(len(x)):
@@ -329,7 +314,7 @@ def _largest(x):
     return largest
 
 
-@_jit()
+@jit()
 def _load(kind, float64s, float32s, words, start, out):
     """Read a block as float64, from whichever of the three arrays ``kind`` says."""
     n = len(out)
@@ -356,7 +341,7 @@ def _load(kind, float64s, float32s, words, start, out):
             out[j] = -value if word & np.uint32(0x8000) else value
 
 
-@_jit()
+@jit()
 def _word_limit(threshold, largest):
     """The largest high word with which a logit of at most ``largest`` can arrive before ``threshold``."""
     if threshold == math.inf:
@@ -368,7 +353,7 @@ def _word_limit(threshold, largest):
     return np.int64(math.exp(reach) * 4294967296.0) + 1
 
 
-@_jit()
+@jit()
 def _enter(keys, indices, logits, count, key, index, logit, levels, peak):
     """Let a position into the heap if it belongs there; return the count, the peak, and if it entered."""
     if count < len(keys):
@@ -387,14 +372,14 @@ def _enter(keys, indices, logits, count, key, index, logit, levels, peak):
     return count, peak, True
 
 
-@_jit()
+@jit()
 def _sort(keys, indices, logits, count):
     for last in range(count - 1, 0, -1):
         _swap(keys, indices, logits, 0, last)
         _sift_down(keys, indices, logits, last)
 
 
-@_cached
+@cached
 def run(
     kind,
     float64s,
