@@ -71,11 +71,16 @@ class StoredTiles:
         ChunkError when the file changed or one of them is no tile.
         """
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        offset, nbytes = self.offset[box], self.nbytes[box]
-        places = np.argwhere(nbytes > 0)
-        offset_N, nbytes_N = (t[tuple(places.T)].astype(np.int64) for t in (offset, nbytes))
+        inner = np.argwhere(self.nbytes[box] > 0)
+        tiles = self._read(inner + start)
+        return dict(zip(map(tuple, inner.tolist()), tiles, strict=True))
+
+    def _read(self, places: Array) -> list[bytes]:
+        """Tiles at these places, all of them stored."""
+        at = tuple(places.T)
+        offset_N, nbytes_N = self.offset[at].astype(np.int64), self.nbytes[at].astype(np.int64)
         head_bytes = ITEM_BYTES if self.is_dicom else 0
-        found: list[bytes | None] = [None] * len(places)
+        found = [b""] * len(places)
         known: dict[bytes, int] = {}
         fd = self._open()
         try:
@@ -83,14 +88,12 @@ class StoredTiles:
                 data = _pread(fd, begin, end)
                 first_N = offset_N[numbers] - begin
                 last_N = first_N + nbytes_N[numbers]
-                names = places[numbers] + start
-                self._check(data, first_N, last_N, names, known)
+                self._check(data, first_N, last_N, places[numbers], known)
                 for number, a, b in zip(numbers.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
                     found[number] = data[a:b]
         finally:
             os.close(fd)
-        keys = map(tuple, places.tolist())
-        return {key: tile for key, tile in zip(keys, found, strict=True) if tile is not None}
+        return found
 
     def _open(self) -> int:
         try:
@@ -111,24 +114,35 @@ class StoredTiles:
         """ChunkError unless each range is one whole tile without room for text."""
         marks = _free_marks(data)
         counts = np.searchsorted(marks, last_N) - np.searchsorted(marks, first_N)
-        ranges = zip(first_N.tolist(), last_N.tolist(), counts.tolist(), places, strict=True)
-        for a, b, count, place in ranges:
+        head = None
+        for i, (a, b, count) in enumerate(
+            zip(first_N.tolist(), last_N.tolist(), counts.tolist(), strict=True)
+        ):
             try:
                 if self.is_dicom and data[a - ITEM_BYTES : a] != ITEM_TAG + (b - a).to_bytes(4, "little"):
                     raise ValueError("is no single item of the pixel data")
                 if not data.endswith(JPEG_END, a, b) and not data[a:b].rstrip(b"\0").endswith(JPEG_END):
                     raise ValueError("does not end as JPEG data must")
-                head = next((h for h in known if data.startswith(h, a)), None)
-                if head is None:
-                    tile = data[a:b]
-                    head = tile[: self.check_head(tile).nbytes]
-                    if len(known) == _MAX_KNOWN:
-                        known.clear()
-                    known[head] = len(_free_marks(head))
+                # heads of neighbours are mostly the same
+                if head is None or not data.startswith(head, a):
+                    head = self._known_head(data, a, b, known)
                 if count != known[head]:
                     raise ValueError("has further segments, which may hold text, behind its head")
             except ValueError as error:
-                raise ChunkError(f"{tile_name(place)} {error}") from error
+                raise ChunkError(f"{tile_name(places[i])} {error}") from error
+
+    def _known_head(self, data: bytes, begin: int, end: int, known: dict[bytes, int]) -> bytes:
+        """The head of a tile, which is checked and added to the known ones unless it is one of them; each has
+        the number of marks of free segments in it.
+        """
+        head = next((h for h in known if data.startswith(h, begin)), None)
+        if head is None:
+            tile = data[begin:end]
+            head = tile[: self.check_head(tile).nbytes]
+            if len(known) == _MAX_KNOWN:
+                known.clear()
+            known[head] = len(_free_marks(head))
+        return head
 
     def check_head(self, tile: bytes) -> JpegHead:
         """The head of a tile; ValueError says why tiles like it cannot be copied."""
@@ -154,15 +168,10 @@ class StoredTiles:
         if not len(present):
             raise ValueError("no tile has bytes")
         numbers = np.unique(np.linspace(0, len(present) - 1, max_tiles).round().astype(int))
-        heads = []
-        for place in present[numbers]:
-            start = tuple(place.tolist())
-            try:
-                tile = self.read(start, tuple(p + 1 for p in start))[(0,) * len(start)]
-                heads.append(self.check_head(tile))
-            except ChunkError as error:
-                raise ValueError(str(error)) from error
-        return heads[0]
+        try:
+            return self.check_head(self._read(present[numbers])[0])
+        except ChunkError as error:
+            raise ValueError(str(error)) from error
 
 
 def tile_name(place: Sequence[int]) -> str:
