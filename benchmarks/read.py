@@ -35,7 +35,6 @@ import urllib.request
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 import synthetic_slide
 from latency_server import COUNTS
-from machine import describe_machine
+from machine import describe_machine, versions, warm
 from read_engines import FLOORS, serve
 from synthetic_slide import SITE_PX, SlideConfig
 
@@ -347,7 +346,7 @@ class Data:
     def _keep(self, name: str, make: Callable[[Path], None], **parameters: Any) -> Path:
         made_from = {"version": self.config.version, "seed": self.config.seed, **parameters}
         path = synthetic_slide.keep(self.folder / name, made_from, make)
-        _warm(path)
+        warm(path)
         return path
 
     def zstd(self, chunk_px: int, slide: Path | None = None) -> Path:
@@ -378,14 +377,6 @@ class Data:
 def sparse_side(gigapixels: int) -> int:
     """Side of a square image in pixels."""
     return math.isqrt(gigapixels * 10**9)
-
-
-def _warm(path: Path) -> None:
-    """Read files into the page cache."""
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with file.open("rb") as opened:
-            while opened.read(16 << 20):
-                pass
 
 
 def _contestants(
@@ -433,7 +424,7 @@ def clustered_case(data: Data) -> Case:
 def jpeg_case(data: Data) -> Case:
     side = data.config.side_px
     draw = random_offsets((side, side), 256)
-    _warm(data.slide)
+    warm(data.slide)
     in_place = {"ats-stream, the slide": OURS, "ats-stream, the slide, 1 thread": OURS_1}
     return Case(
         name="jpeg",
@@ -528,7 +519,7 @@ def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:
     """Measure the cases named, printing as they come."""
     result: dict[str, Any] = {
         "machine": describe_machine(),
-        "peers": {name: _version(name) for name in PEERS},
+        "peers": versions(PEERS),
         "load_before": [round(n, 1) for n in os.getloadavg()],
         "parameters": {"side_px": data.config.side_px, "repetitions": repetitions, "patches": NUM_PATCHES},
         "bytes_per_pixel": _compressed_sizes(data),
@@ -565,13 +556,6 @@ def _compressed_sizes(data: Data) -> dict[str, dict[str, float]]:
         for name, place in REAL_SLIDES.items():
             sizes[name] = synthetic_slide.compressed_sizes(data.real / place)
     return sizes
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def print_case(found: dict[str, Any]) -> None:

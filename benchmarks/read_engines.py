@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from machine import mib, peak_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -342,7 +343,7 @@ def serve(connection: Connection, engine_name: str, place: str, size_px: int) ->
     except Exception as error:  # whatever a library raises makes it a peer that is missing
         connection.send(f"{type(error).__name__}: {error}")
         return
-    base_bytes = _peak_bytes()
+    base_bytes = peak_bytes()
     connection.send(None)
     with suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -354,7 +355,7 @@ def serve(connection: Connection, engine_name: str, place: str, size_px: int) ->
                     batch = np.asarray(engine.read(engine.prepare(offsets_N2)))
                     reply = batch.transpose(0, 3, 1, 2) if engine.channels_last else batch
                 else:
-                    reply = {"peak_mib": _mib(_peak_bytes()), "opened_mib": _mib(base_bytes)}
+                    reply = {"peak_mib": mib(peak_bytes()), "opened_mib": mib(base_bytes)}
                     reply |= _traced(engine, offsets_N2)
             except Exception as error:  # reported, the others go on
                 reply = f"{type(error).__name__}: {error}"
@@ -377,7 +378,7 @@ def _traced(engine: Engine, offsets_N2: Array) -> dict[str, float]:
     tracemalloc.start()
     try:
         engine.read(job)
-        return {"batch_mib": _mib(tracemalloc.get_traced_memory()[1])}
+        return {"batch_mib": mib(tracemalloc.get_traced_memory()[1])}
     finally:
         tracemalloc.stop()
 
@@ -386,13 +387,3 @@ def _bytes_read() -> int:
     """What this process asked of the system to read from files so far; memory maps do not show."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(lines[0].removeprefix("rchar: "))
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process; unlike ru_maxrss never that of the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
-def _mib(num_bytes: float) -> float:
-    return round(num_bytes / 2**20, 1)

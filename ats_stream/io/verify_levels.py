@@ -4,8 +4,8 @@ Three rules, for a level of which each pixel stands for a block of pixels of the
 
 * ``EXACT``: it is the mean of the block, to the bit (floats: to the last two bits). So lossless levels are
   built.
-* ``JPEG``: the same before it was stored as JPEG. Means over tiles of 32 pixels of the coarse level agree to
-  within 6 of 255.
+* ``JPEG``: the same before it was stored as JPEG (of quality 20 or more). Means over tiles of 32 pixels of
+  the coarse level agree to within 6 of 255.
 * ``RESAMPLED``: it comes from a scanner or another program, which resample as they like, with half a pixel of
   shift or more. Means over tiles of 32 pixels agree to within 24 of 255.
 

@@ -21,6 +21,9 @@ from ats_stream.io.verify_levels import (
 )
 from ats_stream.io.verify_report import Finding
 
+# of JPEG: below, tiles differ by more than Rule.JPEG allows
+LEAST_QUALITY = 20
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -34,8 +37,11 @@ def rule_for(prefix: str, pyramid: Pyramid, level: int, profile: str | None) -> 
     if profile is None:
         return Rule.RESAMPLED
     source = pyramid.sources[level]
-    is_jpeg = isinstance(source, StoreSource) and source.layout.decoder.jpeg is not None
-    return Rule.RESAMPLED if is_jpeg else Rule.EXACT
+    jpeg = source.layout.decoder.jpeg if isinstance(source, StoreSource) else None
+    if jpeg is None:
+        return Rule.EXACT
+    # of what is copied no quality is known
+    return Rule.JPEG if (jpeg.level or 0) >= LEAST_QUALITY else Rule.RESAMPLED
 
 
 def check_pixels(
