@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Ray and OpenMP read these when they are imported, so they stand before every other import; worker processes
 # inherit them. The health check interval bounds how long each report of Ray Train blocks.
@@ -116,3 +119,54 @@ def ray_local() -> Iterator[ModuleType]:
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+S3_SERVER = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class S3:
+    """A server process that speaks S3 (moto), and what opens its objects."""
+
+    secret = "a-very-secret-word"
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.options: dict[str, Any] = {
+            "endpoint": endpoint,
+            "access_key_id": "someone",
+            "secret_access_key": self.secret,
+            "region": "us-east-1",
+            "timeout_s": 20,
+            "max_retries": 2,
+        }
+
+    def upload(self, folder: Path, bucket: str, prefix: str) -> str:
+        """Copy a folder into a bucket, made if need be; the URL of the copy."""
+        import obstore
+        from obstore.store import S3Store
+
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{bucket}", method="PUT")).close()
+        config = {k: v for k, v in self.options.items() if k not in {"timeout_s", "max_retries"}}
+        store = S3Store(bucket, config=config, client_options={"allow_http": True})
+        for path in folder.rglob("*"):
+            if path.is_file():
+                obstore.put(store, f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+        return f"s3://{bucket}/{prefix}"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A server of its own process."""
+    command = [sys.executable, "-W", "ignore", "-c", S3_SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            yield S3(f"http://127.0.0.1:{int(server.stdout.readline())}")
+        finally:
+            server.kill()

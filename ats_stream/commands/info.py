@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream info``."""
-    parser.add_argument("places", nargs="+", metavar="IMAGE", help="OME-Zarr folder or slide file")
+    from ats_stream.commands.options import add_storage_options
+
+    parser.add_argument("places", nargs="+", metavar="IMAGE", help="OME-Zarr folder or URL, or slide file")
+    add_storage_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print a description of each image; one that cannot be read is reported and the rest goes on."""
+    from ats_stream.commands.options import storage_options_from
     from ats_stream.errors import AtsStreamError
-    from ats_stream.io import open_pyramid
+    from ats_stream.io.remote import shown
 
+    storage_options = storage_options_from(arguments)
     code = 0
     for place in arguments.places:
         try:
-            print(describe(open_pyramid(place), place), flush=True)
+            print(describe(storage_options.open(place), shown(place)), flush=True)
         except AtsStreamError as error:
             print(f"ats-stream: error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
-    return {"images": arguments.places, "exit_code": code}
+    return {"images": len(arguments.places), "exit_code": code}
 
 
 def describe(pyramid: Pyramid, place: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ats_stream.io import Archive
+    from ats_stream.io import Archive, StorageOptions
     from ats_stream.workers import ClusterConfig
 
 Config = TypeVar("Config")
@@ -42,6 +42,25 @@ def archive_from(
 
     columns = {name: getattr(arguments, f"{name}_column") for name in COLUMNS}
     return read_archive(path, columns=columns, classes=classes)
+
+
+def add_storage_options(parser: argparse.ArgumentParser) -> None:
+    """What opens images behind URLs."""
+    parser.add_argument(
+        "--storage-options",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE|FILE",
+        help="for images behind URLs: an option of the service, or a YAML file of them, which keeps secrets "
+        "out of the list of processes; may be repeated, and is written nowhere",
+    )
+
+
+def storage_options_from(arguments: argparse.Namespace) -> StorageOptions:
+    """The options for images behind URLs; InputError, without their values, if they cannot be understood."""
+    from ats_stream.io.storage_options import parse_storage_options
+
+    return parse_storage_options(arguments.storage_options)
 
 
 def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:

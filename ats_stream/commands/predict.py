@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ats_stream.io import ArchiveRow
+    from ats_stream.io import ArchiveRow, StorageOptions
     from ats_stream.workers.config import ClusterConfig
     from ats_stream.workers.predict import Predicted
 
@@ -39,7 +39,7 @@ REPORT_NAME = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream predict``."""
-    from ats_stream.commands.options import add_column_options, add_ray_options
+    from ats_stream.commands.options import add_column_options, add_ray_options, add_storage_options
     from ats_stream.sampling import SCHEMES
 
     parser.add_argument("run_folder", metavar="RUN", help="run folder or checkpoint file")
@@ -57,12 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures", type=int, metavar="N", help="draw pictures of the first N images only (default: all)"
     )
     add_column_options(parser)
+    add_storage_options(parser)
     add_ray_options(parser, ranks=False)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict, with a progress bar, into a folder that gets its name when all is done."""
-    from ats_stream.commands.options import check_out, cluster_from, progress
+    from ats_stream.commands.options import check_out, cluster_from, progress, storage_options_from
     from ats_stream.errors import InputError
     from ats_stream.report.predictions import TABLE_NAME, accuracy
     from ats_stream.workers.predict import Predictor
@@ -73,12 +74,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--pictures must not be negative, got {arguments.pictures}")
     cluster = cluster_from(arguments, num_ranks=1)
     predictor = Predictor.load(arguments.run_folder)
-    rows = _rows(arguments, predictor.config.classes)
+    storage_options = storage_options_from(arguments)
+    rows = _rows(arguments, predictor.config.classes, storage_options)
     with _appearing(out) as folder, _running(cluster):
-        found = predictor.predict(rows, cluster, scheme=arguments.scheme)
+        found = predictor.predict(rows, cluster, scheme=arguments.scheme, storage_options=storage_options)
         named = _with_own_names(progress(found, total=len(rows), unit="image"), rows)
         predictions = write_results(
-            folder, named, title=f"Predictions of {arguments.run_folder}", max_pictures=arguments.pictures
+            folder,
+            named,
+            title=f"Predictions of {arguments.run_folder}",
+            max_pictures=arguments.pictures,
+            storage_options=storage_options,
         )
     share = accuracy(predictions)
     score = "" if share is None else f", accuracy {share:.3f}"
@@ -89,7 +95,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_results(
-    folder: Path, found: Iterable[Predicted], *, title: str, max_pictures: int | None
+    folder: Path,
+    found: Iterable[Predicted],
+    *,
+    title: str,
+    max_pictures: int | None,
+    storage_options: StorageOptions | None = None,
 ) -> list[Predicted]:
     """Write pictures as predictions come, then the table and the report.
 
@@ -97,7 +108,7 @@ def write_results(
     """
     import numpy as np
 
-    from ats_stream.io import open_pyramid
+    from ats_stream.io import StorageOptions
     from ats_stream.report.page import Page, write_page
     from ats_stream.report.predictions import (
         PICTURES_FOLDER,
@@ -108,11 +119,12 @@ def write_results(
         write_table,
     )
 
+    options = StorageOptions.of(storage_options)
     predictions: list[Predicted] = []
     shown: list[tuple[Predicted, Any]] = []
     for one in found:
         if max_pictures is None or len(predictions) < max_pictures:
-            thumbnail = open_pyramid(one.slide).thumbnail(THUMBNAIL_PX)
+            thumbnail = options.open(one.slide).thumbnail(THUMBNAIL_PX)
             write_picture(folder / PICTURES_FOLDER, one, thumbnail)
             if len(shown) < MAX_PICTURES_IN_REPORT:
                 shown.append((one, thumbnail))
@@ -124,10 +136,13 @@ def write_results(
     return predictions
 
 
-def _rows(arguments: argparse.Namespace, classes: tuple[str, ...]) -> tuple[ArchiveRow, ...]:
+def _rows(
+    arguments: argparse.Namespace, classes: tuple[str, ...], storage_options: StorageOptions
+) -> tuple[ArchiveRow, ...]:
     from ats_stream.commands.options import archive_from
     from ats_stream.errors import InputError
-    from ats_stream.io import ArchiveRow, open_pyramid
+    from ats_stream.io import ArchiveRow
+    from ats_stream.io.remote import has_login
 
     tables = [place for place in arguments.inputs if place.endswith(".csv")]
     if tables:
@@ -138,7 +153,9 @@ def _rows(arguments: argparse.Namespace, classes: tuple[str, ...]) -> tuple[Arch
     if arguments.split is not None:
         raise InputError("--split needs an archive table (.csv) as input")
     for place in arguments.inputs:
-        open_pyramid(place)
+        if has_login(place):  # it would be written with the results
+            raise InputError("a user or password stands in a URL: give both as storage options")
+        storage_options.open(place)
     places = dict.fromkeys(arguments.inputs)
     return tuple(ArchiveRow(slide=place, label="", split="", line=0) for place in places)
 

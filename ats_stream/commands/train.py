@@ -40,7 +40,7 @@ USAGE = "ARCHIVE --out RUN [options]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream train``."""
-    from ats_stream.commands.options import add_column_options, add_ray_options
+    from ats_stream.commands.options import add_column_options, add_ray_options, add_storage_options
 
     parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     _add_trainer_options(parser)
     add_column_options(parser)
+    add_storage_options(parser)
     add_ray_options(parser, ranks=True)
 
 
@@ -135,8 +136,13 @@ def _add_trainer_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, with a line for each epoch."""
-    from ats_stream.commands.options import archive_from, check_out, cluster_from, config_from
-    from ats_stream.io import open_pyramid
+    from ats_stream.commands.options import (
+        archive_from,
+        check_out,
+        cluster_from,
+        config_from,
+        storage_options_from,
+    )
     from ats_stream.models import ModelConfig
     from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig, train
     from ats_stream.workers.checkpoint import latest_checkpoint
@@ -150,8 +156,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sampler = config_from(arguments, SamplerConfig)
     cluster = cluster_from(arguments)
     config_from(arguments, ModelConfig, num_classes=2)
+    storage_options = storage_options_from(arguments)
     archive = archive_from(arguments, arguments.archive)
-    first = open_pyramid(archive.split(trainer.train_split)[0].slide)
+    first = storage_options.open(archive.split(trainer.train_split)[0].slide)
     full = first.levels[0]
     model = config_from(
         arguments,
@@ -174,6 +181,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             on_record=lines.on_record,
             on_step=lines.on_step,
             stop=stop,
+            storage_options=storage_options,
         )
     accuracies = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
     score = f", validation accuracy {accuracies[-1]:.3f}" if accuracies else ""

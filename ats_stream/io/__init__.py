@@ -18,6 +18,7 @@ from ats_stream.io.plan import PatchPlan, plan_patches
 from ats_stream.io.pyramid import Pyramid, read_batch
 from ats_stream.io.pyramid_info import Level
 from ats_stream.io.slides import open_slide
+from ats_stream.io.storage_options import StorageOptions
 from ats_stream.io.tissue import tissue_mask
 from ats_stream.io.verify import verify
 from ats_stream.io.verify_report import Finding, Report
@@ -39,6 +40,7 @@ __all__ = [
     "PyramidWriter",
     "ReadStats",
     "Report",
+    "StorageOptions",
     "convert",
     "open_pyramid",
     "open_slide",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ats_stream.errors import ArchiveError, TargetExistsError
 from ats_stream.files import write_atomic
+from ats_stream.io.remote import has_login
 
 COLUMNS = ("slide", "label", "split")
 
@@ -124,6 +125,10 @@ def _row(table: Path, line: int, values: Mapping[str | None, object], names: Map
             raise ArchiveError(f"{table}:{line}: column {column!r} is empty")
         found[name] = value.strip()
     slide = found["slide"]
+    if has_login(slide):  # it would be written with every result
+        raise ArchiveError(
+            f"{table}:{line}: a user or password stands in the URL: give both as storage options"
+        )
     if "://" not in slide:
         slide = os.path.normpath(table.parent / slide)
     return ArchiveRow(slide=slide, label=found["label"], split=found["split"], line=line)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from ats_stream.errors import InputError
+from ats_stream.io.client_options import obstore_arguments
 from ats_stream.io.retry import RetryPolicy
 from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError, too_large
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 DEFAULT_TIMEOUT_S = 30.0
-MAX_CONNECT_S = 10.0
 # requests for stamps that are under way at once
 STAMP_REQUESTS = 16
 # what a server may answer when asking again helps: too slow, too many requests, or an error of its own
@@ -30,8 +28,8 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 
 
 class ObjectStore:
-    """Objects under a URL. ``options`` are those of obstore's ``from_url``, and two of our own:
-    ``timeout_s`` for each try of a request, and ``max_retries``.
+    """Objects under a URL. ``options`` are those of obstore's ``from_url``, and some of our own:
+    ``timeout_s`` for each try of a request, ``max_retries``, and for http(s) ``user`` and ``password``.
 
     Neither ``repr`` nor any error shows the values of options, nor a user or password in the URL.
     """
@@ -81,36 +79,9 @@ class ObjectStore:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
 
-        config = dict(self._config)
-        client_options = {
-            "timeout": timedelta(seconds=self.timeout_s),
-            "connect_timeout": timedelta(seconds=min(self.timeout_s, MAX_CONNECT_S)),
-            **config.pop("client_options", {}),
-        }
-        endpoint = next((str(v) for k, v in config.items() if k.lower().endswith("endpoint")), self._url)
-        if endpoint.startswith("http://"):
-            client_options.setdefault("allow_http", True)
-        url = self._url
-        user, at, _ = urlsplit(url).netloc.rpartition("@")
-        if at:  # obstore does not send them by itself
-            url = self.shown_url
-            login = base64.b64encode(unquote(user).encode()).decode()
-            headers = {"authorization": f"Basic {login}", **client_options.get("default_headers", {})}
-            client_options["default_headers"] = headers
-        # retries are made here, where they can be stopped and counted
-        retry_config = {"max_retries": 0, **config.pop("retry_config", {})}
-        provider = {k: config.pop(k) for k in ("credential_provider",) if k in config}
-        keywords: dict[str, Any] = {
-            "client_options": client_options,
-            "retry_config": retry_config,
-            **provider,
-        }
-        if not self._url.startswith("http"):
-            keywords["config"] = config
-        elif config:
-            raise InputError(f"storage options {sorted(config)} are not for http(s) URLs")
+        arguments = obstore_arguments(self._url, self._config, os.environ, timeout_s=self.timeout_s)
         try:
-            return from_url(url, **keywords)
+            return from_url(**arguments)
         except (BaseError, ValueError, TypeError) as error:
             reason = str(error).split("\n", 1)[0]
             raise InputError(f"storage options or URL cannot be used: {self._redact(reason)}") from error
@@ -270,16 +241,36 @@ class ObjectBlob:
 
 
 def shown(url: str) -> str:
-    """A URL as it may be shown: without user, password, query and fragment.
+    """A URL as it may be shown: without user, password, query and fragment; a path as it is.
 
-    >>> shown("https://me:secret@host:8080/a.zarr?sig=abc")
-    'https://host:8080/a.zarr'
+    >>> shown("https://me:secret@host:8080/a.zarr?sig=abc"), shown("scans/a?.svs")
+    ('https://host:8080/a.zarr', 'scans/a?.svs')
     """
+    if "://" not in url:
+        return url
     try:
         parts = urlsplit(url)
     except ValueError:  # no URL at all; what could be a password still goes
         return url.split("?", 1)[0].rpartition("@")[2]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    netloc = parts.netloc.rpartition("@")[2] if has_login(url) else parts.netloc
+    return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", ""))
+
+
+def has_login(url: str) -> bool:
+    """Whether a user or password stands in a URL; what stands before the ``@`` of Azure is a container.
+
+    >>> has_login("https://me:secret@host/a.zarr"), has_login("s3://bucket/a@b.zarr"), has_login("a@b.svs")
+    (True, False, False)
+    >>> has_login("abfss://container@account.dfs.core.windows.net/a.zarr")
+    False
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "@" in url
+    user, at, _ = parts.netloc.rpartition("@")
+    is_container = parts.scheme in ("abfs", "abfss") and ":" not in user
+    return bool(at) and not is_container
 
 
 def _status(text: str) -> str:

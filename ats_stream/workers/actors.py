@@ -10,6 +10,7 @@ from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.sampler import PatchSampler
 
 if TYPE_CHECKING:
+    from ats_stream.io import StorageOptions
     from ats_stream.models import ModelConfig
     from ats_stream.workers.plan import Visit
     from ats_stream.workers.protocol import AttentionWeights, Item
@@ -25,11 +26,11 @@ class SamplerActor:
     would have to outlive every restart.
     """
 
-    def __init__(self, model: ModelConfig, config: SamplerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: SamplerConfig, storage_options: StorageOptions) -> None:
         keep_freed_memory()
         self._slides: dict[int, str] = {}
         self._labels: dict[int, int] = {}
-        self._sampler = PatchSampler(self._slides, self._labels, model, config)
+        self._sampler = PatchSampler(self._slides, self._labels, model, config, storage_options)
         self._weights: AttentionWeights | None = None
 
     def sample(self, visit: Visit, slide: str, label: int, key: str, weights: list[Any]) -> Item:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ats_stream.errors import AtsStreamError, ClusterError, InputError
+from ats_stream.io import StorageOptions
+from ats_stream.io.remote import shown
 from ats_stream.workers.sampler import PatchSampler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ats_stream.models import ModelConfig
     from ats_stream.workers.plan import Visit
@@ -77,6 +79,7 @@ class RayExecutor:
         num_samplers: int,
         cpus_per_sampler: float,
         gpus_per_sampler: float = 0.0,
+        storage_options: StorageOptions | Mapping[str, Any] | None = None,
     ) -> None:
         from ats_stream.workers.actors import SamplerActor
 
@@ -87,7 +90,8 @@ class RayExecutor:
             max_task_retries=CALL_RETRIES,
         )
         self._slides, self._labels = slides, labels
-        self._actors = [options.remote(model, config) for _ in range(num_samplers)]
+        secrets = StorageOptions.of(storage_options)
+        self._actors = [options.remote(model, config, secrets) for _ in range(num_samplers)]
         self._owed = [0] * num_samplers
         self._published: dict[str, Any] = {}
 
@@ -133,8 +137,8 @@ class _Remote:
             raise (cause if isinstance(cause, AtsStreamError) else error) from None
         except ray.exceptions.RayActorError as error:
             raise ClusterError(
-                f"{self._slide}: its sampler died {CALL_RETRIES + 1} times or could not be started again "
-                "(out of memory, or an image that crashes the process)"
+                f"{shown(self._slide)}: its sampler died {CALL_RETRIES + 1} times "
+                "or could not be started again (out of memory, or an image that crashes the process)"
             ) from error
         finally:
             self._executor._done(self._number)
@@ -150,12 +154,22 @@ def make_executor(
     *,
     num_samplers: int = 1,
     cpus_per_sampler: float = 1.0,
+    storage_options: StorageOptions | Mapping[str, Any] | None = None,
 ) -> Executor:
-    """An executor by name: ``serial`` computes in this process, ``ray`` in ``num_samplers`` actors."""
+    """An executor by name: ``serial`` computes in this process, ``ray`` in ``num_samplers`` actors.
+
+    ``storage_options`` are for the URLs among the slides.
+    """
     if kind == "serial":
-        return SerialExecutor(PatchSampler(slides, labels, model, config))
+        return SerialExecutor(PatchSampler(slides, labels, model, config, storage_options))
     if kind == "ray":
         return RayExecutor(
-            slides, labels, model, config, num_samplers=num_samplers, cpus_per_sampler=cpus_per_sampler
+            slides,
+            labels,
+            model,
+            config,
+            num_samplers=num_samplers,
+            cpus_per_sampler=cpus_per_sampler,
+            storage_options=storage_options,
         )
     raise InputError(f"executor must be serial or ray, got {kind!r}")

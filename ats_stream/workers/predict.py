@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ats_stream.errors import CheckpointError
-from ats_stream.io import open_pyramid
+from ats_stream.io import StorageOptions
 from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import evaluate, log_prior_of
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
@@ -20,7 +20,7 @@ from ats_stream.workers.stream import Stream
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ats_stream.io import ArchiveRow
     from ats_stream.workers.protocol import Array
@@ -97,16 +97,22 @@ class Predictor:
         return cls(model.eval().requires_grad_(False), config)
 
     def predict(
-        self, rows: Sequence[ArchiveRow], cluster: ClusterConfig | None = None, *, scheme: str | None = None
+        self,
+        rows: Sequence[ArchiveRow],
+        cluster: ClusterConfig | None = None,
+        *,
+        scheme: str | None = None,
+        storage_options: StorageOptions | Mapping[str, Any] | None = None,
     ) -> Iterator[Predicted]:
         """Yield one prediction for each row, in order.
 
         Draws are keyed by the seed and the row's number, so they are the same every time. ``scheme`` replaces
         the scheme of the training (``top``: the N most probable positions). With ``executor="ray"`` the
-        actors of ``cluster`` read and draw; Ray must be running. Raises SlideError, naming the slide, for one
+        actors of ``cluster`` read and draw; Ray must be running. ``storage_options`` are for the URLs among
+        the rows. Raises SlideError, naming the slide, for one
         that cannot be read.
         """
-        cluster = cluster or ClusterConfig()
+        cluster, options = cluster or ClusterConfig(), StorageOptions.of(storage_options)
         class_of = {name: number for number, name in enumerate(self.config.classes)}
         sampler = self.config.sampler if scheme is None else replace(self.config.sampler, scheme=scheme)
         executor = make_executor(
@@ -117,6 +123,7 @@ class Predictor:
             sampler,
             num_samplers=cluster.num_ranks * cluster.samplers_per_rank,
             cpus_per_sampler=cluster.cpus_per_sampler,
+            storage_options=options,
         )
         plan = Plan(
             images=tuple(range(len(rows))), batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None
@@ -130,7 +137,7 @@ class Predictor:
                 with torch.inference_mode():
                     view = torch.from_numpy(item.view_CYX.copy())
                     log_a_M = self.model.log_attention(view, log_prior_of(item.prior_YX))
-                full = open_pyramid(row.slide).levels[0]
+                full = options.open(row.slide).levels[0]
                 yield Predicted(
                     slide=row.slide,
                     name=row.name,

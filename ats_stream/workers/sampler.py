@@ -10,13 +10,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io import VIEW_CACHE_BYTES, open_pyramid
+from ats_stream.io import VIEW_CACHE_BYTES, StorageOptions
+from ats_stream.io.remote import shown
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
 from ats_stream.workers.batch import log_prior_of, tensor_of
@@ -77,6 +78,7 @@ class PatchSampler:
     """Turn visits into items.
 
     ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into.
+    ``storage_options`` are for the URLs among the slides.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PatchSampler:
         labels: Sequence[int] | Mapping[int, int],
         model: ModelConfig,
         config: SamplerConfig,
+        storage_options: StorageOptions | Mapping[str, Any] | None = None,
     ) -> None:
         self.slides = slides
         self.labels = labels
@@ -92,7 +95,7 @@ class PatchSampler:
         self.attention = AttentionNet(model).requires_grad_(False)
         self.num_channels = model.num_channels
         self._attention_key: str | None = None
-        self._open = lru_cache(MAX_OPEN_PYRAMIDS)(open_pyramid)
+        self._open = lru_cache(MAX_OPEN_PYRAMIDS)(StorageOptions.of(storage_options).open)
 
     def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
         """One item; the same for the same visit and weights, whatever was sampled before.
@@ -119,7 +122,7 @@ class PatchSampler:
                     map_shape=map_shape,
                 )
             except InputError as error:
-                raise SlideError(slide, f"nothing can be drawn: {error}") from error
+                raise SlideError(pyramid.slide, f"nothing can be drawn: {error}") from error
         full = pyramid.levels[0]
         size = (config.patch_px,) * len(map_shape)
         offsets_ND = patch_offsets(drawn.index, map_shape, full.shape[1:], size)[0].numpy()
@@ -128,7 +131,7 @@ class PatchSampler:
         after = pyramid.read_stats(0)
         return Item(
             visit=visit,
-            slide=slide,
+            slide=shown(slide),
             label=self.labels[visit.image],
             view_CYX=view.pixels_CYX,
             prior_YX=view.prior_YX,

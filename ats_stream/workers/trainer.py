@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ats_stream.errors import CheckpointError, PreemptedError
 from ats_stream.files import sha256_of
+from ats_stream.io import StorageOptions
 from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import collate, effective_share, evaluate
 from ats_stream.workers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -51,6 +52,8 @@ class TrainJob:
     """Class of each row."""
     train_rows: tuple[int, ...]
     val_rows: tuple[int, ...]
+    storage_options: StorageOptions = field(default_factory=StorageOptions)
+    """For the URLs among the slides; no part of the configuration, which is written down."""
 
     @property
     def archive_key(self) -> str:
@@ -86,6 +89,7 @@ def train_rank(
         job.config.sampler,
         num_samplers=job.cluster.samplers_per_rank,
         cpus_per_sampler=job.cluster.cpus_per_sampler,
+        storage_options=job.storage_options,
     )
     try:
         trainer = RankTrainer(job, ranks, executor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ats_stream.errors import ArchiveError, InputError, TargetExistsError
+from ats_stream.io import StorageOptions
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
 from ats_stream.workers.metrics import Record, keep_metrics, read_metrics
@@ -18,7 +19,7 @@ from ats_stream.workers.trainer import TrainJob, check_resumable, train_rank
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ats_stream.io import Archive
 
@@ -43,12 +44,14 @@ def train(
     on_record: Callable[[Record], None] = lambda _record: None,
     on_step: Callable[[int, int], None] = lambda _step, _num_steps: None,
     stop: StopRequest | None = None,
+    storage_options: StorageOptions | Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
 
     ``on_record`` sees each record of the metrics as it is written, ``on_step`` how many steps are done, of
-    how many. A ``stop`` that is asked ends the run between two steps, saved. Raises PreemptedError then (with
-    ranks under Ray Train also after a SIGTERM to one of them), ArchiveError for an empty split,
+    how many. A ``stop`` that is asked ends the run between two steps, saved. ``storage_options`` are for the
+    URLs among the slides and are written nowhere. Raises PreemptedError for a stop (with ranks under Ray
+    Train also after a SIGTERM to one of them), ArchiveError for an empty split,
     InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
     folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
     that cannot be read.
@@ -57,7 +60,7 @@ def train(
     stop = stop or StopRequest()
     run = Path(run_dir)
     check_world(config.trainer.batch_size, cluster.world_size)
-    job = _job(archive, run, config, cluster)
+    job = _job(archive, run, config, cluster, StorageOptions.of(storage_options))
     start_step = _start_step(run, job)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
@@ -73,7 +76,9 @@ def train(
     return TrainResult(run, find_checkpoint(run), read_metrics(run))
 
 
-def _job(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig) -> TrainJob:
+def _job(
+    archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig, storage_options: StorageOptions
+) -> TrainJob:
     class_of = {name: number for number, name in enumerate(config.classes)}
     unknown = sorted({row.label for row in archive.rows} - set(class_of))
     if unknown:
@@ -97,6 +102,7 @@ def _job(archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig)
         labels=[class_of[row.label] for row in archive.rows],
         train_rows=rows[config.trainer.train_split],
         val_rows=rows[config.trainer.val_split],
+        storage_options=storage_options,
     )
 
 

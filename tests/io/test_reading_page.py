@@ -11,6 +11,7 @@ import numpy as np
 
 from ats_stream.io import (
     PyramidWriter,
+    client_options,
     gather,
     layout,
     omezarr,
@@ -51,7 +52,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert f"no more than {config.gap_bytes >> 10} KiB apart" in PAGE
     assert f"one request of at most {config.max_request_bytes // mib} MiB" in PAGE
     assert re.search(
-        rf"`timeout_s` .* {remote.MAX_CONNECT_S:g} s of it .*\| {remote.DEFAULT_TIMEOUT_S:g} \|", PAGE
+        rf"`timeout_s` .* {client_options.MAX_CONNECT_S:g} s of it .*\| {remote.DEFAULT_TIMEOUT_S:g} \|", PAGE
     )
     assert re.search(rf"`max_retries` .*\| {retry.RetryPolicy.max_retries} \|", PAGE)
     rows = dict(re.findall(r"^\| (.+?) \| (\S+?(?: MiB)?) \|$", PAGE, re.MULTILINE))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,25 +13,6 @@ from ats_stream.errors import SlideError
 from ats_stream.io import PyramidWriter, open_pyramid, read_batch, verify
 
 SECRET = "a-very-secret-word"
-SERVER = """
-import sys
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """A server of its own process."""
-    command = [sys.executable, "-W", "ignore", "-c", SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-        finally:
-            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +29,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def options(endpoint):
-    return {
-        "endpoint": endpoint,
-        "access_key_id": "someone",
-        "secret_access_key": SECRET,
-        "region": "us-east-1",
-        "timeout_s": 20,
-        "max_retries": 2,
-    }
+def options(s3):
+    return {**s3.options, "secret_access_key": SECRET}
 
 
 @pytest.fixture(scope="module")
-def bucket(endpoint, folder, options):
-    """The pyramid as objects under two prefixes of a bucket."""
-    import obstore
-    from obstore.store import S3Store
+def endpoint(s3):
+    return s3.endpoint
 
-    request = urllib.request.Request(f"{endpoint}/slides", method="PUT")
-    urllib.request.urlopen(request).close()
-    config = {k: v for k, v in options.items() if k not in {"timeout_s", "max_retries"}}
-    store = S3Store("slides", config=config, client_options={"allow_http": True})
-    for prefix in ("archive/a.zarr", "archive/b.zarr"):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                obstore.put(store, f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+
+@pytest.fixture(scope="module")
+def bucket(s3, folder):
+    """The pyramid as objects under two prefixes of a bucket."""
+    for name in ("a.zarr", "b.zarr"):
+        s3.upload(folder, "slides", f"archive/{name}")
     return "s3://slides/archive"
 
 
