@@ -86,7 +86,7 @@ def test_without_a_command_the_help_goes_to_standard_error(capsys: pytest.Captur
         (["info"], "the following arguments are required: IMAGE"),
         (["info", "a", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["preprocess", "a.svs"], "the following arguments are required: --out"),
-        (["preprocess", "a", "--out", "b", "--codec", "lzw"], "--codec: invalid choice: 'lzw'"),
+        (["preprocess", "a", "--out", "b", "--profile", "lzw"], "--profile: invalid choice: 'lzw'"),
         (["preprocess", "a", "--out", "b", "--skip-existing", "--overwrite"], "not allowed with argument"),
         (["train", "a.csv", "--out", "b", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["train", "a.csv", "--out", "b", "--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),

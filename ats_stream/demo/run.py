@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,6 @@ from ats_stream.workers.predict import Predicted, Predictor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from ats_stream.io import Archive
 
@@ -94,7 +94,7 @@ def _run(out: Path, config: DemoConfig, say: Callable[[str], None]) -> DemoResul
     slide = fetch_slide(local=config.slide)
     summary = convert(slide, target_path(slide, out / "slide"))
     print(summary)
-    print(describe(open_pyramid(summary.target), str(summary.target)))
+    print(describe(open_pyramid(summary.target), summary.target))
 
     digits_config = replace(config.digits, seed=config.seed)
     say(
@@ -135,7 +135,7 @@ def _run(out: Path, config: DemoConfig, say: Callable[[str], None]) -> DemoResul
     predictions = _predict(runs["attention"], test)
     control = _predict(runs["uniform"], test)
     result = DemoResult(
-        slide=summary.target,
+        slide=Path(summary.target),
         slide_summary=str(summary),
         runs=runs,
         predictions=predictions,

@@ -1,16 +1,9 @@
 """Pyramids, slides and archive tables: reading patches of gigapixel images, and writing OME-Zarr."""
 
 from ats_stream.io.archive import Archive, ArchiveRow, read_archive, write_archive
-from ats_stream.io.convert import (
-    ConvertConfig,
-    ConvertFailure,
-    ConvertSummary,
-    convert,
-    preprocess,
-    target_path,
-    working_memory_bytes,
-    write_pyramid,
-)
+from ats_stream.io.convert import convert, is_done, preprocess, target_path, write_pyramid
+from ats_stream.io.convert_config import PROFILES, ConvertConfig, ConvertFailure, ConvertSummary
+from ats_stream.io.convert_plan import working_memory_bytes
 from ats_stream.io.fetch import ReadStats
 from ats_stream.io.ngff import Channel
 from ats_stream.io.opening import open_pyramid
@@ -26,6 +19,7 @@ from ats_stream.io.views import VIEW_CACHE_BYTES
 from ats_stream.io.writer import PyramidWriter
 
 __all__ = [
+    "PROFILES",
     "VIEW_CACHE_BYTES",
     "Archive",
     "ArchiveRow",
@@ -42,6 +36,7 @@ __all__ = [
     "Report",
     "StorageOptions",
     "convert",
+    "is_done",
     "open_pyramid",
     "open_slide",
     "plan_patches",

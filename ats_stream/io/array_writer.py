@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.errors import StorageError
+from ats_stream.errors import AtsStreamError, StorageError
 from ats_stream.io.layout import build_array_json, grid_shape
 from ats_stream.io.shard import ABSENT, encode_shard_parts, parse_index
 
@@ -50,7 +51,7 @@ def guarded(shown: str, action: Callable[[], Result]) -> Result:
     """
     try:
         return action()
-    except StorageError:
+    except AtsStreamError:
         raise
     except OSError as error:
         raise StorageError(f"{shown}: cannot write: {error.strerror or error}") from error
@@ -119,9 +120,34 @@ class ArraySpec:
             chunk_shape=self.chunk,
             shard_shape=self.shard,
             fill_value=self.fill_value,
-            codecs=self.codec.metadata(self.chunk),
+            codecs=self.codec.metadata(self.chunk, self.dtype.itemsize),
             dimension_names=list(self.axes),
         )
+
+
+def encode_block(spec: ArraySpec, block: Array, pool: Executor | None = None) -> dict[tuple[int, ...], bytes]:
+    """The chunks of a shard (place in its grid -> data) from its pixels, cut off at the array's edge; those
+    of nothing but the fill value are left out.
+    """
+    places = list(np.ndindex(*grid_shape(block.shape, spec.chunk)))
+    run = map if pool is None else pool.map
+    encoded = run(lambda place: encode_chunk(spec, block[_box(place, spec.chunk)]), places)
+    return {place: data for place, data in zip(places, encoded, strict=True) if data}
+
+
+def encode_chunk(spec: ArraySpec, block: Array) -> bytes:
+    """Encoded chunk, padded at the edge; empty when every pixel equals the fill value."""
+    if block.flat[0] == spec.fill_value and bool((block == spec.fill_value).all()):
+        return b""
+    if block.shape != spec.chunk:
+        missing = [(0, c - n) for c, n in zip(spec.chunk, block.shape, strict=True)]
+        # an edge inside of a block of JPEG would ring into the image
+        block = (
+            np.pad(block, missing, mode="edge")
+            if spec.codec.jpeg is not None
+            else np.pad(block, missing, constant_values=spec.fill_value)
+        )
+    return spec.codec.encode(block)
 
 
 class ArrayWriter:
@@ -148,9 +174,7 @@ class ArrayWriter:
                 f"shard {shard} of {self.shown} must be {spec.dtype} {expected}, "
                 f"got {block.dtype} {block.shape}"
             )
-        places = list(np.ndindex(*grid_shape(block.shape, spec.chunk)))
-        encoded = self._pool.map(lambda place: self._encode(block[_box(place, spec.chunk)]), places)
-        return self._write(shard, {place: data for place, data in zip(places, encoded, strict=True) if data})
+        return self._write(shard, encode_block(spec, block, self._pool))
 
     def write_encoded(self, shard: tuple[int, ...], chunks: Mapping[tuple[int, ...], bytes]) -> int:
         """Write a whole shard of chunks that are encoded already (place in its grid -> data); return its
@@ -164,7 +188,7 @@ class ArrayWriter:
         """
         for place, block in blocks.items():
             self._check_chunk(place, block)
-        encoded = zip(blocks, self._pool.map(self._encode, blocks.values()), strict=True)
+        encoded = zip(blocks, self._pool.map(partial(encode_chunk, self.spec), blocks.values()), strict=True)
         shards: dict[tuple[int, ...], dict[tuple[int, ...], bytes]] = {}
         for place, data in encoded:
             shard = tuple(p // g for p, g in zip(place, self.spec.grid, strict=True))
@@ -186,21 +210,6 @@ class ArrayWriter:
                 f"chunk {tuple(place)} of {self.shown} must be {spec.dtype} {spec.chunk}, "
                 f"got {block.dtype} {block.shape}"
             )
-
-    def _encode(self, block: Array) -> bytes:
-        """Encoded chunk, padded at the edge; empty when every pixel equals the fill value."""
-        spec = self.spec
-        if block.flat[0] == spec.fill_value and bool((block == spec.fill_value).all()):
-            return b""
-        if block.shape != spec.chunk:
-            missing = [(0, c - n) for c, n in zip(spec.chunk, block.shape, strict=True)]
-            # an edge inside of a block of JPEG would ring into the image
-            block = (
-                np.pad(block, missing, mode="edge")
-                if spec.codec.jpeg is not None
-                else np.pad(block, missing, constant_values=spec.fill_value)
-            )
-        return spec.codec.encode(block)
 
     def _path(self, shard: Sequence[int]) -> tuple[Path, str]:
         parts = ("c", *map(str, shard))

@@ -23,7 +23,9 @@ from ats_stream.io.jpeg import WRITTEN_NAME, JpegFormat, image_shape
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-WRITTEN_CODECS = ("zstd", "raw", "jpeg")
+# effort of blosc around lz4; more is slower and hardly smaller
+BLOSC_LEVEL = 5
+WRITTEN_CODECS = ("zstd", "lz4", "raw", "jpeg")
 _DECODERS: dict[str, Any] = {
     "zstd": imagecodecs.zstd_decode,
     "gzip": imagecodecs.gzip_decode,
@@ -48,7 +50,7 @@ class ChunkCodec:
     """How the chunks of an array are written."""
 
     name: str
-    """``zstd``, ``raw`` or ``jpeg``."""
+    """``zstd``, ``lz4``, ``raw`` or ``jpeg``."""
     level: int = 1
     """Effort of zstd, 1 to 22."""
     jpeg: JpegFormat | None = None
@@ -60,8 +62,8 @@ class ChunkCodec:
                 f"codec {self.name!r} with {self.jpeg}, expected one of {', '.join(WRITTEN_CODECS)}"
             )
 
-    def metadata(self, chunk_shape: Sequence[int]) -> list[dict[str, Any]]:
-        """The codecs of the array's ``zarr.json``.
+    def metadata(self, chunk_shape: Sequence[int], itemsize: int = 1) -> list[dict[str, Any]]:
+        """The codecs of the ``zarr.json`` of an array whose numbers have ``itemsize`` bytes.
 
         >>> codec = ChunkCodec(name="jpeg", jpeg=JpegFormat(level=80))
         >>> [(c["name"], c["configuration"]) for c in codec.metadata((3, 64, 64))]
@@ -76,6 +78,16 @@ class ChunkCodec:
         codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
         if self.name == "zstd":
             codecs.append({"name": "zstd", "configuration": {"level": self.level, "checksum": False}})
+        elif self.name == "lz4":
+            # zarr v3 has no plain lz4 that others read; blosc has it
+            blosc = {
+                "cname": "lz4",
+                "clevel": BLOSC_LEVEL,
+                "shuffle": "shuffle" if itemsize > 1 else "noshuffle",
+                "typesize": itemsize,
+                "blocksize": 0,
+            }
+            codecs.append({"name": "blosc", "configuration": blosc})
         return codecs
 
     def encode(self, chunk: npt.NDArray[Any]) -> bytes:
@@ -88,6 +100,18 @@ class ChunkCodec:
             return little.tobytes()
         # the flat view: the encoder takes any buffer, and releases the interpreter lock
         flat: Any = little.reshape(-1).view(np.uint8)
+        if self.name == "lz4":
+            itemsize = chunk.dtype.itemsize
+            return bytes(
+                imagecodecs.blosc_encode(
+                    flat,
+                    level=BLOSC_LEVEL,
+                    compressor="lz4",
+                    shuffle="shuffle" if itemsize > 1 else "noshuffle",
+                    typesize=itemsize,
+                    numthreads=1,
+                )
+            )
         return bytes(imagecodecs.zstd_encode(flat, self.level))
 
 

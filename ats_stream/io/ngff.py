@@ -8,6 +8,7 @@ under it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,16 @@ def default_channels(num_channels: int) -> tuple[Channel, ...]:
     return tuple(Channel(label=f"channel {i}") for i in range(num_channels))
 
 
+def named_channels(given: Sequence[Channel | str], num_channels: int) -> tuple[Channel, ...]:
+    """Channels by name, in the default colours; ValueError unless there is one for each."""
+    if len(given) != num_channels:
+        raise ValueError(f"{len(given)} channel names for {num_channels} channels")
+    return tuple(
+        c if isinstance(c, Channel) else Channel(label=c, color=d.color)
+        for c, d in zip(given, default_channels(num_channels), strict=True)
+    )
+
+
 def build_image(
     *,
     name: str,
@@ -81,38 +92,36 @@ def build_image(
 ) -> dict[str, Any]:
     """Attributes of an OME-Zarr 0.5 image group.
 
-    ``downsamples`` holds, for each level, one factor per space axis against the finest pixels;
-    ``pixel_size_um`` the size of those finest pixels per space axis, ``None`` when unknown (then scales are
-    in pixels, without a unit). ``metadata`` goes beside the ``ome`` key under ``ats_stream``.
+    ``downsamples`` holds, for each level, one factor per axis but ``c`` against the finest pixels;
+    ``pixel_size_um`` the size of those finest pixels per axis but ``c``, ``None`` or NaN where it is unknown
+    or the axis is time (then scales are in pixels, without a unit). ``metadata`` goes beside the ``ome`` key
+    under ``ats_stream``.
 
     >>> levels = {"paths": ["0", "1"], "downsamples": [(1, 1), (2, 2)]}
     >>> a = build_image(name="s", axes="cyx", pixel_size_um=(0.5, 0.5), **levels)
     >>> a["ome"]["multiscales"][0]["datasets"][1]["coordinateTransformations"]
     [{'type': 'scale', 'scale': [1.0, 1.0, 1.0]}, {'type': 'translation', 'translation': [0.0, 0.25, 0.25]}]
     """
-    num_space = sum(AXIS_TYPES[a] == "space" for a in axes)
-    size_um = tuple(pixel_size_um) if pixel_size_um is not None else (1.0,) * num_space
+    sampled = [a for a in axes if a != "c"]
+    given = tuple(pixel_size_um) if pixel_size_um is not None else (math.nan,) * len(sampled)
+    size_um = tuple(1.0 if math.isnan(v) else float(v) for v in given)
     datasets = []
     for path, factors in zip(paths, downsamples, strict=True):
-        if len(factors) != num_space or len(size_um) != num_space:
+        if len(factors) != len(sampled) or len(size_um) != len(sampled):
             raise ValueError(
-                f"axes {axes!r} have {num_space} space axes: got factors {factors}, sizes {size_um}"
+                f"axes {axes!r} need {len(sampled)} numbers each: got factors {factors}, sizes {size_um}"
             )
         scale = iter([float(f * s) for f, s in zip(factors, size_um, strict=True)])
         shift = iter([float((f - 1) * s / 2) for f, s in zip(factors, size_um, strict=True)])
-        is_space = [AXIS_TYPES[a] == "space" for a in axes]
         transforms: list[dict[str, Any]] = [
-            {"type": "scale", "scale": [next(scale) if s else 1.0 for s in is_space]}
+            {"type": "scale", "scale": [1.0 if a == "c" else next(scale) for a in axes]}
         ]
-        translation = [next(shift) if s else 0.0 for s in is_space]
+        translation = [0.0 if a == "c" else next(shift) for a in axes]
         if any(translation):
             transforms.append({"type": "translation", "translation": translation})
         datasets.append({"path": path, "coordinateTransformations": transforms})
-    multiscale = {
-        "name": name,
-        "axes": [_axis(a, pixel_size_um is not None) for a in axes],
-        "datasets": datasets,
-    }
+    known = {a for a, v in zip(sampled, given, strict=True) if not math.isnan(v)}
+    multiscale = {"name": name, "axes": [_axis(a, a in known) for a in axes], "datasets": datasets}
     ome: dict[str, Any] = {"version": VERSION, "multiscales": [multiscale]}
     if channels:
         ome["omero"] = {"channels": [_omero_channel(c, value_range) for c in channels]}

@@ -1,4 +1,4 @@
-"""Exact means of square blocks of pixels: the step from one pyramid level to the next.
+"""Exact means of blocks of pixels: the step from one pyramid level to the next.
 
 Integers are rounded half to even, so repeated halving has no drift. Blocks cut off at the edge average what
 is there. Shape letters: C channels, Y rows, X columns.
@@ -6,6 +6,7 @@ is there. Shape letters: C channels, Y rows, X columns.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array = npt.NDArray[Any]
-# the narrowest type that holds four values of the key
+# a type that holds the sum of sixteen values of the key
 _SUM_DTYPES = {
     "uint8": np.uint16,
     "int8": np.int16,
@@ -26,44 +27,39 @@ _SUM_DTYPES = {
 }
 
 
-def halve(block_CYX: Array) -> Array:
-    """Mean of each 2 x 2 block, (C, ceil(Y / 2), ceil(X / 2)); integers of up to 32 bits, or floats.
+def halve(block: Array) -> Array:
+    """Mean of each block of 2 pixels along every axis but the first: (C, *ceil(space / 2)).
+
+    Integers of up to 32 bits, or floats; up to four space axes.
 
     >>> halve(np.array([[[0, 1, 5], [1, 0, 6], [3, 4, 7]]], np.uint8)).tolist()
     [[[0, 6], [4, 7]]]
     """
-    _, height, width = block_CYX.shape
-    even_y, even_x = height // 2 * 2, width // 2 * 2
-    out = np.empty((block_CYX.shape[0], -(-height // 2), -(-width // 2)), block_CYX.dtype)
-    parts = [
-        (slice(0, even_y // 2), slice(0, even_x // 2), slice(0, even_y), slice(0, even_x)),
-        (slice(0, even_y // 2), slice(even_x // 2, None), slice(0, even_y), slice(even_x, None)),
-        (slice(even_y // 2, None), slice(0, even_x // 2), slice(even_y, None), slice(0, even_x)),
-        (slice(even_y // 2, None), slice(even_x // 2, None), slice(even_y, None), slice(even_x, None)),
-    ]
-    for to_y, to_x, from_y, from_x in parts:
-        if out[:, to_y, to_x].size:
-            out[:, to_y, to_x] = _mean_of_pairs(block_CYX[:, from_y, from_x])
+    out = np.empty((block.shape[0], *(-(-n // 2) for n in block.shape[1:])), block.dtype)
+    # along each axis the pairs, and what is left over at the end
+    cuts = [[(0, n // 2 * 2), (n // 2 * 2, n)] for n in block.shape[1:]]
+    for box in itertools.product(*cuts):
+        if all(a < b for a, b in box):
+            place = tuple(slice(a // 2, -(-b // 2)) for a, b in box)
+            out[(slice(None), *place)] = _mean_of_pairs(block[(slice(None), *(slice(*ab) for ab in box))])
     return out
 
 
-def _mean_of_pairs(block_CYX: Array) -> Array:
-    """Mean over pairs along each of the last two axes; an axis of length 1 is the cut off edge and stays."""
-    dtype = block_CYX.dtype
-    exact = np.float64 if dtype.kind == "f" else _SUM_DTYPES[dtype.name]
-    total = (
-        block_CYX.astype(exact)
-        if block_CYX.shape[1] == 1
-        else np.add(block_CYX[:, 0::2], block_CYX[:, 1::2], dtype=exact)
-    )
-    if block_CYX.shape[2] > 1:
-        total = total[:, :, 0::2] + total[:, :, 1::2]
-    bits = (block_CYX.shape[1] > 1) + (block_CYX.shape[2] > 1)
+def _mean_of_pairs(block: Array) -> Array:
+    """Mean over pairs along each axis but the first; an axis of length 1 is the cut off edge and stays."""
+    dtype = block.dtype
+    exact = np.dtype(np.float64 if dtype.kind == "f" else _SUM_DTYPES[dtype.name])
+    total, bits = block, 0
+    for axis in range(1, block.ndim):
+        if block.shape[axis] > 1:
+            lead = (slice(None),) * axis
+            first, second = total[(*lead, slice(0, None, 2))], total[(*lead, slice(1, None, 2))]
+            total, bits = np.add(first, second, dtype=exact), bits + 1
+    if bits == 0:
+        return block
     if dtype.kind == "f":
         total /= 2**bits
         return total.astype(dtype)
-    if bits == 0:
-        return block_CYX
     # half to even: a half is added, less one unit of the sum when the quotient is even
     one = total.dtype.type(1)
     half = total.dtype.type(2 ** (bits - 1) - 1)

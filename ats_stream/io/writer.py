@@ -21,7 +21,7 @@ from ats_stream.errors import TargetExistsError
 from ats_stream.io import ngff
 from ats_stream.io.array_writer import ArraySpec, ArrayWriter, guarded, write_json
 from ats_stream.io.codecs import ChunkCodec
-from ats_stream.io.reduce import halve_labels
+from ats_stream.io.label_image import label_image
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +77,12 @@ class PyramidWriter:
         self.fill_value = fill_value if self.dtype.kind == "f" else int(fill_value)
         self.codec, self.codec_level = codec, codec_level
         self.name = name if name is not None else self.target.name.removesuffix(".zarr").removesuffix(".ome")
-        self.channels = _channels(channels, self.level_shapes[0][0])
+        num_channels = self.level_shapes[0][0]
+        self.channels = (
+            ngff.default_channels(num_channels)
+            if channels is None
+            else ngff.named_channels(channels, num_channels)
+        )
         self.metadata = dict(metadata or {})
         self.overwrite = overwrite
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
@@ -174,8 +179,8 @@ class PyramidWriter:
         ``colors`` maps values to (red, green, blue, alpha). A label image has as many levels as its image, as
         validators ask: each is coarser by two than the one before, a pixel being the largest value under it.
         """
-        mask_YX = mask_YX.astype(np.uint8) if mask_YX.dtype == bool else mask_YX
-        if mask_YX.ndim != 2 or mask_YX.dtype.kind not in "iu" or name in self._labels or not _is_name(name):
+        kind = mask_YX.dtype.kind
+        if mask_YX.ndim != 2 or kind not in "biu" or name in self._labels or not _is_name(name):
             raise ValueError(
                 f"label {name!r} must be new, a file name, and an integer (y, x) mask; "
                 f"got {mask_YX.dtype} {mask_YX.shape}"
@@ -183,23 +188,17 @@ class PyramidWriter:
         factors = _pair(downsample)
         if pixel_size_um is not None and self.pixel_size_um is not None:
             factors = tuple(p / s for p, s in zip(_pair(pixel_size_um), self.pixel_size_um, strict=True))
-        image_label: dict[str, Any] = {"version": ngff.VERSION, "source": {"image": "../../"}}
-        if colors:
-            image_label["colors"] = [{"label-value": int(v), "rgba": list(c)} for v, c in colors.items()]
-        paths = [str(i) for i in range(len(self.level_shapes))]
-        for path in paths:
-            self._create_array(f"labels/{name}/{path}", mask_YX.shape, "yx", mask_YX.dtype, 0).write_all(
-                mask_YX
-            )
-            mask_YX = halve_labels(mask_YX)
-        attributes = ngff.build_image(
-            name=name,
-            axes="yx",
-            paths=paths,
-            downsamples=[tuple(f * 2**i for f in factors) for i in range(len(paths))],
+        levels, attributes = label_image(
+            name,
+            mask_YX,
+            len(self.level_shapes),
+            factors=factors,
             pixel_size_um=self.pixel_size_um,
-            image_label=image_label,
+            colors=colors,
         )
+        for path, level_YX in enumerate(levels):
+            array = self._create_array(f"labels/{name}/{path}", level_YX.shape, "yx", level_YX.dtype, 0)
+            array.write_all(level_YX)
         self._write_group(f"labels/{name}", attributes)
         self._labels.append(name)
 
@@ -302,18 +301,6 @@ def _downsamples(
     if len(given) != len(shapes):
         raise ValueError(f"{len(given)} downsamples for {len(shapes)} levels")
     return [_pair(f) for f in given]
-
-
-def _channels(given: Sequence[ngff.Channel | str] | None, num_channels: int) -> tuple[ngff.Channel, ...]:
-    defaults = ngff.default_channels(num_channels)
-    if given is None:
-        return defaults
-    if len(given) != num_channels:
-        raise ValueError(f"{len(given)} channel names for {num_channels} channels")
-    return tuple(
-        c if isinstance(c, ngff.Channel) else ngff.Channel(label=c, color=d.color)
-        for c, d in zip(given, defaults, strict=True)
-    )
 
 
 def _check(

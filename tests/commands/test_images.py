@@ -30,7 +30,7 @@ def test_a_slide_becomes_a_pyramid_that_info_describes(slide_path: Path, tmp_pat
     assert done.out.startswith("CMU-1-Small-Region: 2220 x 2967, 5 levels, 0.499 um/px")
     target = tmp_path / "CMU-1-Small-Region.ome.zarr"
     assert [level.shape for level in open_pyramid(target).levels][:2] == [(3, 2967, 2220), (3, 1484, 1110)]
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [target.name, f"{target.name}.manifest.jsonl"]
 
     shown = run("info", target, slide_path)
     assert (shown.code, shown.err) == (0, "")
@@ -73,7 +73,7 @@ def test_a_bad_slide_is_reported_and_the_rest_goes_on(slide_path: Path, tmp_path
     assert lines[2] == f"ats-stream: failed: {tmp_path / 'none.svs'}: no such file"
     assert len(lines) == 3
     assert mixed.out.splitlines()[-1] == "1 of 4 slides converted, 3 failed"
-    assert [path.name for path in out.iterdir()] == ["good.ome.zarr"]
+    assert sorted(path.name for path in out.iterdir()) == ["good.ome.zarr", "good.ome.zarr.manifest.jsonl"]
     assert run("preprocess", cut, "--out", out).code == 2
 
 
@@ -124,9 +124,11 @@ def test_a_disk_that_refuses_ends_it_with_the_file_and_the_reason(
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     failed = run("preprocess", tmp_path / "a.png", "--out", tmp_path / "out")
     assert failed.code == 1
-    assert "a.ome.zarr" in failed.complaint
-    assert "No space left on device" in failed.complaint
-    assert list((tmp_path / "out").iterdir()) == []
+    hint, complaint = failed.err.splitlines()
+    assert "the same command again goes on" in hint
+    assert "a.ome.zarr" in complaint
+    assert "No space left on device" in complaint
+    assert not (tmp_path / "out" / "a.ome.zarr").exists()
 
 
 def preprocess(*words: object) -> list[str]:
@@ -141,10 +143,15 @@ def test_a_limit_on_the_size_of_files_leaves_no_pyramid(slide_path: Path, tmp_pa
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"ats-stream: error: {tmp_path / 'CMU-1-Small-Region.ome.zarr'}")
-    assert done.stderr.endswith("File too large\n")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    target = tmp_path / "CMU-1-Small-Region.ome.zarr"
+    hint, complaint = done.stderr.splitlines()
+    assert "the same command again goes on" in hint
+    assert complaint.startswith(f"ats-stream: error: {target}")
+    assert complaint.endswith("File too large")
+    assert not target.exists()
+    again = subprocess.run(preprocess(slide_path, "--out", tmp_path), capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "resumed: " in again.stdout
 
 
 def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
@@ -153,9 +160,15 @@ def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
     with subprocess.Popen(
         preprocess(large, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        while process.poll() is None and not (out.is_dir() and list(out.glob("*.partial-*"))):
+        while process.poll() is None and not (out.is_dir() and list(out.glob("*.partial"))):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "ats-stream: interrupted\n")
-    assert list(out.iterdir()) == []
+    hint, complaint = err.splitlines()
+    assert (process.returncode, complaint) == (130, "ats-stream: interrupted")
+    assert "the same command again goes on" in hint
+    assert not (out / "large.ome.zarr").exists()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "large.ome.zarr.partial",
+        "large.ome.zarr.partial.manifest.jsonl",
+    ]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-NUM_KILLS = 3
-NUM_TORTURE_KILLS = 30
+NUM_KILLS = 5
+NUM_TORTURE_KILLS = 50
 # small shards, so that there are many files between which a kill may fall
 OPTIONS = ("--shard-px", "256", "--chunk-px", "64")
 NAME = "CMU-1-Small-Region.ome.zarr"
@@ -46,7 +46,7 @@ def wait(process: subprocess.Popen[str], seconds: float) -> bool:
 
 
 def wait_for_writing(process: subprocess.Popen[str], out: Path) -> None:
-    while not list(out.glob("*.partial-*")) and not wait(process, 0.002):
+    while not list(out.glob("*.partial")) and not wait(process, 0.002):
         pass
 
 
@@ -90,7 +90,9 @@ def kill_once(slide: Path, out: Path, whole: Whole, rng: np.random.Generator) ->
         shutil.copytree(whole.target, out / NAME)
     # a third dies while it starts, the others while they write or shortly after
     while_starting, share = rng.integers(3) == 0, float(rng.random())
-    with start(slide, out, *(["--overwrite"] if overwrite else [])) as process:
+    # half of them share the work between processes
+    more = [*(["--overwrite"] if overwrite else []), *(["--workers", "2"] if rng.integers(2) else [])]
+    with start(slide, out, *more) as process:
         if while_starting:
             wait(process, share * whole.start_s)
         else:
