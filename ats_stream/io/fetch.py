@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 # threads pay from here on; below, handing over costs more than decoding
 MIN_THREADED_CHUNKS = 16
 # compiled code pays from here on: importing numba takes as long as copying some ten thousand pieces
-MIN_COMPILED_PIECES = 256
+MIN_COMPILED_PIECES = 128
 # what a thread reads, decodes and copies at a time; little enough to stay in its cache
 PART_BYTES = 2 << 20  # 2 MiB, decoded
 PART_CHUNKS = 32

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,7 @@ def _memory_for(height: int, width: int, samples: int) -> npt.NDArray[np.uint8]:
     return memory[first : first + nbytes].reshape((height, width, samples)[: 3 if samples > 1 else 2])
 
 
+@functools.lru_cache(256)
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """(Y, X, S) of a stored chunk, whose leading axes of length 1 do not count; ValueError for any other.
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Int = npt.NDArray[np.int64]
+# decoded chunks are copied from here on: the next ones are then decoded into the same, warm memory
+FLUSH_BYTES = 128 << 10  # 128 KiB
 Numbered = tuple[int, RawChunk]
 """A chunk with its number in the plan."""
 
@@ -75,15 +77,21 @@ class Placer:
             return
         frames: list[Numbered] = []
         arrays: list[tuple[int, Array]] = []
+        num_bytes = 0
         for number, raw in chunks:
             if self._zstd is not None and raw.data is not None:
                 frames.append((number, raw))
-            else:
-                arrays.append((number, self._pixels(raw)))
-        if frames:
-            self._place_frames(frames)
+                continue
+            arrays.append((number, self._pixels(raw)))
+            num_bytes += arrays[-1][1].nbytes
+            if num_bytes >= FLUSH_BYTES:
+                self._place_arrays(arrays)
+                arrays.clear()
+                num_bytes = 0
         if arrays:
             self._place_arrays(arrays)
+        if frames:
+            self._place_frames(frames)
 
     def _pixels(self, raw: RawChunk) -> Array:
         source = self.job.source

@@ -290,6 +290,34 @@ def test_more_tiff_levels_than_decoders_are_kept_are_read(test_data, monkeypatch
         np.testing.assert_array_equal(pyramid.read(index), expected)
 
 
+@pytest.mark.parametrize(
+    ("photometric", "layout"),
+    [("rgb", {"tile": (32, 48)}), ("ycbcr", {"tile": (32, 48)}), ("minisblack", {"tile": (32, 48)}),
+     ("rgb", {"rowsperstrip": 16}), ("ycbcr", {"tile": (32, 48), "planarconfig": "separate"})],
+)  # fmt: skip
+def test_tiles_of_jpeg_are_those_of_tifffile(tmp_path, picture, monkeypatch, photometric, layout):
+    """Whole tiles of 8 bits are decoded without tifffile; planes and strips cut off are left to it."""
+    from ats_stream.io import tile_source
+
+    image = picture((1 if photometric == "minisblack" else 3, 100, 130))
+    image = image[0] if len(image) == 1 else image if "planarconfig" in layout else image.transpose(1, 2, 0)
+    if "planarconfig" in layout:
+        photometric = "rgb"
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric=photometric, compression="jpeg", **layout)
+    expected = tiff_levels(tmp_path / "a.tif")[0]
+    num_direct = []
+    decode = tile_source.JpegFormat.decode
+
+    def count(self: Any, *arguments: Any) -> Any:
+        tile = decode(self, *arguments)
+        num_direct.append(1)
+        return tile
+
+    monkeypatch.setattr(tile_source.JpegFormat, "decode", count)
+    np.testing.assert_array_equal(open_pyramid(tmp_path / "a.tif").read(0), expected)
+    assert len(num_direct) == {"tile": 12, "rowsperstrip": 6}[next(iter(layout))] * (len(layout) == 1)
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.svs"
     path.write_bytes(b"II*\0")
