@@ -155,6 +155,11 @@ def build_labels_group(names: Sequence[str]) -> dict[str, Any]:
     return {"ome": {"version": VERSION, "labels": list(names)}}
 
 
+def build_associated_group(names: Sequence[str]) -> dict[str, Any]:
+    """Attributes of the ``associated`` group that lists the pictures kept beside an image; NGFF has none."""
+    return {"ats_stream": {"associated": list(names)}}
+
+
 def group_json(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The ``zarr.json`` of a zarr v3 group with these attributes."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
@@ -244,6 +249,13 @@ def parse_labels(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     ome = attributes.get("ome", attributes)
     labels = ome.get("labels", []) if isinstance(ome, Mapping) else []
     return tuple(str(n) for n in labels) if isinstance(labels, list) else ()
+
+
+def parse_associated(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the pictures that an ``associated`` group lists."""
+    ours = attributes.get("ats_stream")
+    names = ours.get("associated") if isinstance(ours, dict) else None
+    return tuple(str(n) for n in names) if isinstance(names, list) else ()
 
 
 def pixel_size_um(

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ats_stream.io import ngff
+from ats_stream.io.documents import Metadata, attributes_of, is_inside
 from ats_stream.io.layout import parse_array_json
 from ats_stream.io.layout_v2 import parse_array_v2
 from ats_stream.io.pyramid import Pyramid
 from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
-from ats_stream.io.retry import with_retries
 from ats_stream.io.sources import AxisMap, ChunkSource, StoreSource
 from ats_stream.io.store_error import StoreError
+from ats_stream.io.stored_pictures import StoredPictures
 from ats_stream.io.zarr_source import ZarrSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from ats_stream.io.stores import Store
 
-MAX_JSON_BYTES = 64 << 20  # 64 MiB
 MAX_AXES = 8
-# requests for metadata of a remote store that are under way at once
-METADATA_REQUESTS = 16
 
 
 def open_image(store: Store, prefix: str, *, cache_bytes: int, num_threads: int) -> Pyramid:
@@ -37,10 +34,10 @@ def open_image(store: Store, prefix: str, *, cache_bytes: int, num_threads: int)
     """
     metadata = Metadata(store)
     metadata.prefetch(f"{prefix}{group}{file}" for group in ("", "labels/") for file in GROUP_FILES)
-    attributes = _attributes(metadata, prefix)
+    attributes = attributes_of(metadata, prefix)
     if attributes.get("bioformats2raw.layout") == 3 and "multiscales" not in attributes:
         prefix += "0/"
-        attributes = _attributes(metadata, prefix)
+        attributes = attributes_of(metadata, prefix)
     image = ngff.parse_image(attributes)
     for dataset in image.datasets:
         if not is_inside(dataset.path):
@@ -63,65 +60,13 @@ def open_image(store: Store, prefix: str, *, cache_bytes: int, num_threads: int)
         levels=tuple(_level(i, image, sources, axis_map) for i in range(len(sources))),
         metadata=image.metadata,
         labels=tuple((name, f"{prefix}labels/{name}/") for name in labels),
+        associated=StoredPictures(store, prefix),
     )
     return Pyramid(info, sources, cache_bytes=cache_bytes, num_threads=num_threads, store=store)
 
 
 GROUP_FILES = ("zarr.json", ".zattrs")
 ARRAY_FILES = ("zarr.json", ".zarray")
-
-
-class Metadata:
-    """JSON documents of a store, each read once."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._raw: dict[str, bytes | StoreError | None] = {}
-
-    def prefetch(self, keys: Iterable[str]) -> None:
-        """Read documents of a remote store at once; what fails is raised where it is asked for."""
-        keys = list(keys)
-        if self.store.is_remote and keys:
-            with ThreadPoolExecutor(min(METADATA_REQUESTS, len(keys))) as pool:
-                self._raw.update(zip(keys, pool.map(self._read, keys), strict=True))
-
-    def _read(self, key: str) -> bytes | StoreError | None:
-        try:
-            return with_retries(lambda: self.store.get(key, MAX_JSON_BYTES), self.store.policy)
-        except StoreError as error:
-            return error
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """A document, None when it is absent; ValueError when it is none."""
-        if key not in self._raw:
-            self._raw[key] = self._read(key)
-        data = self._raw[key]
-        if data is None:
-            return None
-        name = key.rsplit("/", 1)[-1]
-        if isinstance(data, StoreError):
-            raise data
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"broken {name}: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"broken {name}: not an object")
-        return content
-
-
-def _attributes(metadata: Metadata, prefix: str) -> dict[str, Any]:
-    """Attributes of a group of zarr v3 (zarr.json) or v2 (.zgroup, .zattrs)."""
-    meta = metadata.get(f"{prefix}zarr.json")
-    if meta is not None:
-        if meta.get("node_type") != "group":
-            raise ValueError("no OME-Zarr image: zarr.json is not that of a group")
-        attributes = meta.get("attributes", {})
-        return attributes if isinstance(attributes, dict) else {}
-    attributes = metadata.get(f"{prefix}.zattrs")
-    if attributes is None:
-        raise ValueError("no OME-Zarr image: there is neither zarr.json nor .zattrs")
-    return attributes
 
 
 def _array_meta(metadata: Metadata, folder: str, name: str) -> dict[str, Any]:
@@ -158,7 +103,7 @@ def _open_level(metadata: Metadata, folder: str, name: str, axes: AxisMap) -> Ch
 
 def _label_names(metadata: Metadata, prefix: str) -> tuple[str, ...]:
     try:
-        names = ngff.parse_labels(_attributes(metadata, f"{prefix}labels/"))
+        names = ngff.parse_labels(attributes_of(metadata, f"{prefix}labels/"))
     except (ValueError, StoreError):
         return ()
     metadata.prefetch(f"{prefix}labels/{name}/{file}" for name in names for file in GROUP_FILES)
@@ -220,14 +165,3 @@ def _level(index: int, image: ngff.Multiscale, sources: Sequence[ChunkSource], a
         pixel_size_um=sizes,
         chunk_shape=source.chunk_shape,
     )
-
-
-def is_inside(name: str) -> bool:
-    """Whether a path that metadata give stays under their folder.
-
-    >>> [is_inside(name) for name in ("0", "a/b", "../b", "/etc", "a\\0", "n" * 300)]
-    [True, True, False, False, False, False]
-    """
-    path = PurePosixPath(name)
-    is_path = "\0" not in name and name.isprintable() and all(len(part) < 256 for part in path.parts)
-    return is_path and not path.is_absolute() and ".." not in path.parts

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from ats_stream.errors import InputError
 from ats_stream.io.client_options import obstore_arguments
 from ats_stream.io.retry import RetryPolicy
-from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError, too_large
+from ats_stream.io.store_error import DeniedError, MissingKeyError, StoreError, TransientError, too_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -151,7 +151,7 @@ class ObjectStore:
                 raise StoreError(f"the bucket of {self.shown_url} does not exist") from error
             raise MissingKeyError(f"{key} does not exist") from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
-            raise StoreError(f"access to {key} is denied: {_status(str(error))}") from error
+            raise DeniedError(f"access to {key} is denied: {_status(str(error))}") from error
         except exceptions.NotSupportedError as error:
             raise StoreError(f"the server does not give ranges of bytes of {key}") from error
         except (exceptions.BaseError, OSError, ValueError) as error:

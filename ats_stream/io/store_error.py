@@ -15,6 +15,10 @@ class MissingKeyError(StoreError):
     """A remote key turned out to be absent when it was read."""
 
 
+class DeniedError(StoreError):
+    """The server refuses: no, or the wrong, credentials, or a key that it does not tell to be absent."""
+
+
 def too_large(key: str, nbytes: int, max_bytes: int) -> StoreError:
     """The error for a key of more bytes than anything sensible needs there."""
     return StoreError(f"{key} has {nbytes} bytes, at most {max_bytes} are read")

@@ -13,8 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ats_stream.io.documents import MAX_JSON_BYTES, is_inside
 from ats_stream.io.ngff import parse_image
-from ats_stream.io.omezarr import MAX_JSON_BYTES, is_inside
 from ats_stream.io.retry import with_retries
 from ats_stream.io.store_error import StoreError
 from ats_stream.io.verify_objects import METADATA_FILES

@@ -88,6 +88,7 @@ class PyramidWriter:
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
         self.partial = self.target.with_name(f"{self.target.name}.partial-{os.getpid()}")
         self._labels: list[str] = []
+        self._associated: list[str] = []
         self._pool: ThreadPoolExecutor | None = None
         self._arrays: dict[str, ArrayWriter] = {}
         self._json_bytes = 0
@@ -219,7 +220,7 @@ class PyramidWriter:
             channels=ngff.default_channels(image_CYX.shape[0]),
         )
         self._write_group(folder, attributes)
-        self._write_group("associated", {})
+        self._associated.append(name)
 
     def _level(self, level: int) -> ArrayWriter:
         if self._pool is None:
@@ -253,6 +254,8 @@ class PyramidWriter:
     def _finish(self) -> None:
         if self._labels:
             self._write_group("labels", ngff.build_labels_group(self._labels))
+        if self._associated:
+            self._write_group("associated", ngff.build_associated_group(self._associated))
         value_range = (0.0, float(np.iinfo(self.dtype).max) if self.dtype.kind in "iu" else 1.0)
         attributes = ngff.build_image(
             name=self.name,

@@ -140,6 +140,7 @@ def test_patient_tags_and_pictures_of_the_label_stay_behind(slide_path, converte
     for name, picture in pictures.items():
         assert_valid(kept / "associated" / name)
         np.testing.assert_array_equal(open_pyramid(kept / "associated" / name).read(0), picture)
+        np.testing.assert_array_equal(open_pyramid(kept).associated(name), picture)
     assert open_pyramid(kept).label_names == ()
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from ats_stream.io import (
     PyramidWriter,
     client_options,
+    documents,
     gather,
     layout,
-    omezarr,
     open_pyramid,
     reader,
     remote,
@@ -56,7 +56,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     )
     assert re.search(rf"`max_retries` .*\| {retry.RetryPolicy.max_retries} \|", PAGE)
     rows = dict(re.findall(r"^\| (.+?) \| (\S+?(?: MiB)?) \|$", PAGE, re.MULTILINE))
-    assert rows["a JSON document of metadata"] == f"{omezarr.MAX_JSON_BYTES // mib} MiB"
+    assert rows["a JSON document of metadata"] == f"{documents.MAX_JSON_BYTES // mib} MiB"
     assert rows["a decoded chunk"] == f"{layout.MAX_CHUNK_BYTES // mib} MiB"
     assert rows["directory of a zip file"] == f"{zip_store.MAX_DIRECTORY_BYTES // mib} MiB"
     assert f"as a whole, {zip_store.MAX_DEFLATED_BYTES // mib} MiB at most" in PAGE.replace("\n", " ")

@@ -132,7 +132,7 @@ def test_a_missing_shard_is_fill_and_a_broken_one_is_an_error(folder, serve):
 
 def test_metadata_of_many_bytes_are_refused_before_they_are_read(folder, serve, monkeypatch):
     server = serve(folder)
-    monkeypatch.setattr("ats_stream.io.omezarr.MAX_JSON_BYTES", 50)
+    monkeypatch.setattr("ats_stream.io.documents.MAX_JSON_BYTES", 50)
     with pytest.raises(SlideError, match=r"zarr\.json has \d+ bytes, at most 50 are read"):
         open_pyramid(f"{server.url}/a slide.zarr")
 

@@ -62,6 +62,7 @@ def test_stored_bytes_is_what_lies_on_the_disk(tmp_path, picture):
         writer.write_chunks(0, {(1, 1): np.zeros((3, 32, 32), np.uint8)})
         writer.write_label("m", np.eye(20, dtype=np.uint16), downsample=10)
         writer.write_associated("macro", picture((3, 30, 20)))
+        writer.write_associated("label", picture((1, 7, 9)))
     on_disk = sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert writer.stored_bytes == on_disk
 
