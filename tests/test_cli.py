@@ -83,7 +83,7 @@ def test_without_a_command_the_help_goes_to_standard_error(capsys: pytest.Captur
     [
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["--nonsense"], "the following arguments are required: COMMAND"),
-        (["info"], "the following arguments are required: IMAGE"),
+        (["verify"], "the following arguments are required: TARGET"),
         (["info", "a", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["preprocess", "a.svs"], "the following arguments are required: --out"),
         (["preprocess", "a", "--out", "b", "--profile", "lzw"], "--profile: invalid choice: 'lzw'"),

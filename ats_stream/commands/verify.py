@@ -29,6 +29,8 @@ GROUP_FILES = ("zarr.json", ".zgroup", ".zattrs")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream verify``."""
+    from ats_stream.commands.options import add_storage_options
+
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="OME-Zarr folder, zip file or URL")
     parser.add_argument(
         "--source",
@@ -40,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, dest="num_threads", metavar="N", help="threads (one per core, at most 8)"
     )
+    add_storage_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Verify the targets one after another; one that cannot be opened is reported and the rest goes on."""
+    from ats_stream.commands.options import storage_options_from
     from ats_stream.errors import AtsStreamError, InputError
     from ats_stream.io import verify
 
+    storage_options = storage_options_from(arguments)
     if arguments.num_threads is not None and arguments.num_threads < 1:
         raise InputError(f"--threads must be at least 1, got {arguments.num_threads}")
     targets = list(expand(arguments.targets))
@@ -57,6 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             report = verify(
                 target,
                 source=arguments.source,
+                storage_options=storage_options.values_for(target),
                 quick=arguments.quick,
                 num_threads=arguments.num_threads,
                 on_finding=_printer(target),

@@ -42,7 +42,11 @@ class StorageOptions:
 
     def open(self, source: str) -> Pyramid:
         """Open an image, with the options if it lies behind a URL; errors as ``open_pyramid``."""
-        return open_pyramid(source, storage_options=self._values if "://" in source else None)
+        return open_pyramid(source, storage_options=self.values_for(source))
+
+    def values_for(self, source: str) -> Mapping[str, Any] | None:
+        """The options of a source, None for a path; never to be shown."""
+        return self._values if "://" in source else None
 
 
 def parse_storage_options(words: Sequence[str]) -> StorageOptions:

@@ -113,7 +113,7 @@ class _Verification:
         if not self.is_quick:
             for prefix, pyramid in self.images.items():
                 self._check_pixels(prefix, pyramid)
-        self._check_source(source)
+        self._check_source(source, storage_options)
         return Report(
             target=self.shown,
             findings=tuple(self.findings),
@@ -255,12 +255,13 @@ class _Verification:
             for finding in check_pixels(prefix, pyramid, profile, known, self.num_threads, bar.update):
                 self._found(finding)
 
-    def _check_source(self, given: str | None) -> None:
+    def _check_source(self, given: str | None, storage_options: Mapping[str, Any] | None) -> None:
         place = find_source(given, self.target, self.manifest)
         if place is None or "" not in self.images:
             return
         try:
-            for finding in check_source(self.images[""], open_pyramid(place)):
+            options = storage_options if "://" in place else None
+            for finding in check_source(self.images[""], open_pyramid(place, storage_options=options)):
                 self._found(finding)
         except AtsStreamError as error:
             if given is not None:

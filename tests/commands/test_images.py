@@ -172,3 +172,36 @@ def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
         "large.ome.zarr.partial",
         "large.ome.zarr.partial.manifest.jsonl",
     ]
+
+
+def test_info_tells_how_levels_are_stored(slide_path: Path, tmp_path: Path, run: Run) -> None:
+    run("preprocess", slide_path, "--out", tmp_path)
+    target = tmp_path / "CMU-1-Small-Region.ome.zarr"
+    shown = run("info", target)
+    rows = [line.split() for line in shown.out.splitlines()]
+    top = next(row for row in rows if row[:1] == ["0"])
+    assert " ".join(top).startswith("0 3 x 2967 x 2220 1 0.499 3 x 128 x 128 3 x 3072 x 2304 zstd 1 ")
+    files = [path.stat().st_size for path in (target / "0").rglob("*") if path.is_file()]
+    assert " ".join(top).endswith(f"{sum(files) / 1e6:.1f} MB in {len(files)} objects")
+    everything = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
+    assert f"stored           {sum(everything) / 1e6:.1f} MB in {len(everything)} files" in shown.out
+
+
+def test_thumbnails_are_shown_where_they_can_be_and_saved_when_asked(
+    slide_path: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    assert "\033" not in run("info", slide_path).out  # standard output is no terminal
+    blocks = run("info", "--thumbnail", slide_path)
+    assert blocks.out.count("\N{UPPER HALF BLOCK}") > 500
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\033_Ga=T,f=100," in run("info", slide_path).out
+    assert "\033" not in run("info", slide_path, "--no-thumbnail").out
+    picture = tmp_path / "a.png"
+    assert "\033" not in run("info", slide_path, "--thumbnail", picture).out
+    with Image.open(picture) as image:
+        assert (image.format, max(image.size)) == ("PNG", 248)
+    assert run("info", "--thumbnail", picture).complaint.endswith("info needs an image")
+    two = run("info", slide_path, slide_path, "--thumbnail", picture)
+    assert two.code == 2
+    assert two.complaint.endswith(f"--thumbnail {picture} is one file, got 2 images")
