@@ -50,7 +50,8 @@ class _Finishing:
         if self.plan.associated_names:
             for name, picture in associated_images(self.builder.source):
                 self._put_picture(name, picture)
-            self._put_json("associated/zarr.json", ngff.group_json({}))
+            attributes = ngff.build_associated_group(self.plan.associated_names)
+            self._put_json("associated/zarr.json", ngff.group_json(attributes))
         self._put_json(GROUP_KEY, ngff.group_json(self.plan.attributes))
         return self.entries, self.share
 
