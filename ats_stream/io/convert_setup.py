@@ -7,16 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import SlideError
-from ats_stream.io.codecs import ChunkCodec
-from ats_stream.io.convert_layout import MAX_SHARD_BYTES, level_shapes
+from ats_stream.io.convert_layout import level_shapes
 from ats_stream.io.convert_plan import (
     ConvertPlan,
-    Kind,
     LevelPlan,
-    axes_of,
     build_levels,
     group_attributes,
-    level_spec,
 )
 from ats_stream.io.tissue import tissue_level
 
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
 
 # stored bytes per byte of pixels, by which shards of a given size are cut: tissue from a JPEG slide
 TYPICAL_RATIO = {"zstd": 0.5, "lz4": 0.7, "raw": 1.0}
-# copied tiles take a tenth of the bytes of their pixels
-PASS_SHARD_BYTES = 16 << 20  # 16 MiB
 # sizes that differ by less are the same
 SAME_SIZE = 0.01
 
@@ -55,12 +49,15 @@ def make_plan(
         raise SlideError(
             source.path, f"pixels of dtype {source.dtype} cannot be averaged, integers of up to 32 bits can"
         )
-    notes = []
+    notes: list[str] = []
     space = source.axes[1:]
     levels: tuple[LevelPlan, ...] | None = None
     if config.profile == "pass":
+        from ats_stream.io.convert_pass import pass_levels
+
         try:
-            levels = _passed(source, config)
+            levels, about = pass_levels(source, config)
+            notes += about
         except ValueError as error:
             notes.append(f"decoded and stored losslessly, because {error}")
             config = replace(config, profile="lossless")
@@ -114,39 +111,3 @@ def _pixel_size(source: SlideSource, config: ConvertConfig) -> tuple[tuple[float
         shown = " x ".join(f"{s:.4g}" for s in known)
         return sizes, f"pixel size {given:.4g} um was given, the slide states {shown} um"
     return sizes, None
-
-
-def _passed(source: SlideSource, config: ConvertConfig) -> tuple[LevelPlan, ...]:
-    """Levels whose tiles are copied, and those built under them; ValueError says why there are none."""
-    from ats_stream.io.pass_layout import ShardSize
-    from ats_stream.io.passthrough import plan_pass
-
-    if source.parts is None:
-        raise ValueError("it is no slide file")
-    found = plan_pass(
-        source.parts,
-        ShardSize(nbytes=config.shard_bytes or PASS_SHARD_BYTES, side_px=config.shard_px),
-        max_levels=config.levels,
-        max_base_values=MAX_SHARD_BYTES // source.dtype.itemsize,
-    )
-    space = source.axes[1:]
-    axes = axes_of(space)[1]
-    levels = [
-        LevelPlan(kind=Kind.COPIED, spec=v.spec, axes=axes, downsample=v.downsample, source_level=v.level)
-        for v in found.levels
-    ]
-    base = levels[-1]
-    left = None if config.levels is None else config.levels - len(levels) + 1
-    for number, shape in enumerate(level_shapes(base.shape, config.coarsest_px, left)[1:], start=1):
-        spec = level_spec(
-            shape,
-            space,
-            dtype=source.dtype,
-            chunk=base.spec.chunk,
-            shard=base.spec.shard,
-            fill_value=base.spec.fill_value,
-            codec=ChunkCodec(name="jpeg", jpeg=found.coarse),
-        )
-        factors = tuple(f * 2.0**number for f in base.downsample)
-        levels.append(LevelPlan(kind=Kind.BUILT, spec=spec, axes=axes, downsample=factors))
-    return tuple(levels)

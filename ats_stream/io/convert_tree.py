@@ -7,7 +7,7 @@ run that goes on where another one was killed, and the work of many workers are 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from ats_stream.io.shard import encode_shard_parts
 from ats_stream.io.sources import StoreSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ats_stream.io.slides import SlideSource
     from ats_stream.io.stored_tiles import StoredTiles
@@ -58,9 +58,28 @@ class ShardBuilder:
         self, shards: Iterable[Shard], roots: Iterable[Shard], on_done: Callable[[Shard, ManifestEntry], None]
     ) -> None:
         """Make these shards, all of them under the roots."""
-        work = _Work(self, frozenset(shards), on_done)
-        for root in roots:
+        pending, tops = frozenset(shards), list(roots)
+        # nothing is made from these, and copying is mostly waiting for reads and writes
+        loose = [s for s in tops if s.level < self.plan.base and s in pending]
+        self._copy_all(loose, on_done)
+        work = _Work(self, pending.difference(loose), on_done)
+        for root in tops:
             work.visit(root, wants_half=False)
+
+    def _copy_all(self, shards: Sequence[Shard], on_done: Callable[[Shard, ManifestEntry], None]) -> None:
+        """Copy shards in the threads; after an error none of them is at work any more."""
+        if self._pool is None:
+            for shard in shards:
+                on_done(shard, self._copy(shard))
+            return
+        futures = [self._pool.submit(self._copy, shard) for shard in shards]
+        try:
+            for shard, future in zip(shards, futures, strict=True):
+                on_done(shard, future.result())
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
 
     def read_back(self, level: int) -> Array:
         """A whole level (C, *space) of what is stored."""
@@ -77,13 +96,14 @@ class ShardBuilder:
         assert self.source.parts is not None
         return stored_tiles(self.source.parts)
 
-    def _copied(self, shard: Shard) -> dict[tuple[int, ...], bytes]:
-        """The tiles of a shard as they lie in the slide."""
+    def _copy(self, shard: Shard) -> ManifestEntry:
+        """Store the tiles of a shard as they lie in the slide."""
         from ats_stream.io.passthrough import read_shard
 
         level = self.plan.levels[shard.level]
         tiles = self._tiles[level.source_level]
-        return read_shard(tiles, level.spec, level.stored_place(shard.place), level.source_level)
+        chunks = read_shard(tiles, level.spec, level.stored_place(shard.place), level.source_level)
+        return self._store(shard, chunks)
 
     def _store(self, shard: Shard, chunks: Mapping[tuple[int, ...], bytes]) -> ManifestEntry:
         key, spec = self.plan.key(shard), self.plan.levels[shard.level].spec
@@ -116,7 +136,7 @@ class _Work:
         is_pending = shard in self.pending
         level = self.plan.levels[shard.level]
         if level.kind == Kind.COPIED and is_pending:
-            self.on_done(shard, self.builder._store(shard, self.builder._copied(shard)))
+            self.on_done(shard, self.builder._copy(shard))
             is_pending = False
         if level.kind == Kind.BUILT and shard in self.open:
             block = self._from_children(shard, wants_block=is_pending or wants_half)
