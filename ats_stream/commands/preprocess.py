@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV table with columns slide and pixel_size_um, for slides that state none or a wrong one",
     )
     group.add_argument("--no-tissue", dest="tissue", action="store_false", help="leave the tissue mask out")
+    add_field(
+        group, default, "tissue_method", "--tissue-method", "how the mask is found: otsu or MODULE:FUNCTION"
+    )
     group.add_argument(
         "--keep-associated",
         action="store_true",

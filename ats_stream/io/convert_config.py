@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ats_stream.io.convert_layout import check_blocks
+from ats_stream.io.tissue_method import OTSU, TissueMethod, method_name
 
 # name of the codec of each profile whose pixels are decoded
 PROFILE_CODECS = {"lossless": "zstd", "lz4": "lz4", "raw": "raw"}
@@ -33,6 +34,9 @@ class ConvertConfig:
     """Levels at most."""
     tissue: bool = True
     """Whether to store the mask ``labels/tissue`` of an image (y, x)."""
+    tissue_method: str | TissueMethod = OTSU
+    """How the mask is found: ``otsu``, ``module:function``, or such a function, of which the name is kept.
+    See :mod:`ats_stream.io.tissue_method`."""
     keep_associated: bool = False
     """Whether to copy label, macro and thumbnail pictures, which may show names."""
     pixel_size_um: float | None = None
@@ -46,6 +50,10 @@ class ConvertConfig:
         if self.profile not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {self.profile!r}")
         check_blocks(self.chunk_px, self.shard_px)
+        try:
+            object.__setattr__(self, "tissue_method", method_name(self.tissue_method))
+        except ValueError as error:
+            raise ValueError(f"tissue_method: {error}") from error
         if self.shard_bytes is not None and (self.shard_bytes < 1 or self.shard_px is not None):
             raise ValueError(f"shard_bytes must be positive and without shard_px, got {self.shard_bytes}")
         if not 1 <= self.codec_level <= 22:

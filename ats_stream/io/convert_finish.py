@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ats_stream.errors import SlideError
 from ats_stream.io import ngff
 from ats_stream.io.array_writer import ArraySpec, encode_block
 from ats_stream.io.codecs import ChunkCodec
@@ -18,7 +19,7 @@ from ats_stream.io.manifest import ManifestEntry, entry_of
 from ats_stream.io.shard import encode_shard_parts
 from ats_stream.io.slides import associated_images
 from ats_stream.io.targets import GROUP_KEY
-from ats_stream.io.tissue import tissue_mask
+from ats_stream.io.tissue_method import mask_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,14 +57,18 @@ class _Finishing:
         return self.entries, self.share
 
     def _put_tissue(self, index: int) -> None:
-        mask_YX = tissue_mask(self.builder.read_back(index))
+        sizes, factors = self.plan.pixel_size_um, self.plan.levels[index].downsample
+        view_um = None if sizes is None else [s * f for s, f in zip(sizes, factors, strict=True)]
+        try:
+            mask_YX = mask_by(self.plan.tissue_method, self.builder.read_back(index), view_um)
+        except ValueError as error:
+            raise SlideError(self.builder.source.path, str(error)) from error
         self.share = float(mask_YX.mean())
-        sizes = self.plan.pixel_size_um
         levels, attributes = label_image(
             "tissue",
             mask_YX,
             len(self.plan.levels),
-            factors=self.plan.levels[index].downsample,
+            factors=factors,
             pixel_size_um=sizes,
             colors=TISSUE_COLORS,
         )

@@ -27,6 +27,7 @@ from ats_stream.io.convert_layout import block_shapes, level_shapes
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.sources import AxisMap
 from ats_stream.io.tissue import tissue_level
+from ats_stream.io.tissue_method import OTSU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,8 @@ class ConvertPlan:
     """Per space axis, NaN along time."""
     tissue_level: int | None
     """The level from which the mask of the tissue is made."""
+    tissue_method: str = OTSU
+    """How it is made."""
     associated_names: tuple[str, ...] = ()
     """Pictures that are copied."""
 
@@ -129,7 +132,7 @@ class ConvertPlan:
             "imagecodecs": imagecodecs.__version__,
             "levels": [[str(v.kind), v.source_level, v.spec.metadata()] for v in self.levels],
             "attributes": self.attributes,
-            "tissue": self.tissue_level,
+            "tissue": [self.tissue_level, self.tissue_method],
             "associated": self.associated_names,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

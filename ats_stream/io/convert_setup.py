@@ -88,6 +88,7 @@ def make_plan(
         profile=config.profile,
         pixel_size_um=sizes,
         tissue_level=looked_at,
+        tissue_method=str(config.tissue_method),
         associated_names=tuple(source.associated_names) if config.keep_associated else (),
     )
     return Setup(plan=plan, notes=tuple(notes))

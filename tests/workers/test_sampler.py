@@ -296,6 +296,25 @@ def test_labels_of_any_resolution_are_priors(tmp_path: Path, side: int) -> None:
     np.testing.assert_array_equal(item.prior_YX, touched_by_hand(mask, (8, 8)))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("side", [5, 8, 64])
+def test_no_draw_of_any_scheme_leaves_the_mask(tmp_path: Path, scheme: str, side: int) -> None:
+    share = min(0.3, 24 / side**2)  # so that some cells stay empty
+    mask = np.random.default_rng(side).random((side, side)) < share
+    path = write_pyramid_with(tmp_path, mask.astype(np.uint8))
+    drawable = touched_by_hand(mask, (8, 8))
+    assert 0 < drawable.sum() < 64
+    config = dataclasses.replace(
+        SAMPLER, prior_label="tissue", view_downsample=8.0, scheme=scheme, num_patches=12
+    )
+    sampler = PatchSampler([str(path)], [0], MODEL, config)
+    drawn = set()
+    for stream_id in range(20):
+        item = sampler.sample(dataclasses.replace(visit(0), stream_id=stream_id), weights())
+        drawn |= set(item.index_N[: item.num_drawn].tolist())
+    assert drawn <= set(np.flatnonzero(drawable).tolist())
+
+
 # --- what cannot be read
 
 
