@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ats_stream.errors import InputError, TargetExistsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from ats_stream.io import Archive, StorageOptions
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-COLUMNS = ("slide", "label", "split")
-
 
 def add_column_options(parser: argparse.ArgumentParser) -> None:
     """How the columns of an archive table are called."""
+    from ats_stream.io.archive import COLUMNS, OPTIONAL_COLUMNS
+
     group = parser.add_argument_group("the table")
-    for column in COLUMNS:
+    for column in COLUMNS + OPTIONAL_COLUMNS:
+        note = ", if there" if column in OPTIONAL_COLUMNS else ""
         group.add_argument(
             f"--{column}-column",
-            default=column,
+            default=argparse.SUPPRESS,
             metavar="NAME",
-            help=f"column that holds the {column} (%(default)s)",
+            help=f"column that holds the {column}{note} ({column})",
         )
 
 
@@ -40,7 +41,8 @@ def archive_from(
     """Read an archive table with the columns that the arguments name."""
     from ats_stream.io import read_archive
 
-    columns = {name: getattr(arguments, f"{name}_column") for name in COLUMNS}
+    given = vars(arguments).items()
+    columns = {name.removesuffix("_column"): value for name, value in given if name.endswith("_column")}
     return read_archive(path, columns=columns, classes=classes)
 
 
@@ -71,11 +73,13 @@ def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
     group = parser.add_argument_group(
         "where it runs", "the options after --executor are for --executor ray alone"
     )
-    group.add_argument(
+    add_choice(
+        group,
+        default,
+        "executor",
         "--executor",
-        choices=EXECUTORS,
-        default=default.executor,
-        help="serial: this process; ray: processes of a Ray cluster, with the same result (%(default)s)",
+        EXECUTORS,
+        "serial: this process; ray: processes of a Ray cluster, with the same result",
     )
     if ranks:
         add_field(group, default, "num_ranks", "--ranks", "training processes")
@@ -126,6 +130,22 @@ def add_field(group: Any, default: Any, field: str, flag: str, text: str) -> Non
         metavar=_METAVAR[type(value)],
         help=f"{text} ({shown})",
     )
+
+
+def add_choice(group: Any, default: Any, field: str, flag: str, choices: Collection[str], text: str) -> None:
+    """The same for a field that holds one of a few names."""
+    group.add_argument(
+        flag,
+        dest=field,
+        choices=tuple(choices),
+        default=argparse.SUPPRESS,
+        help=f"{text} ({getattr(default, field)})",
+    )
+
+
+def add_switch(group: Any, field: str, flag: str, text: str) -> None:
+    """An option that turns on a field that is off otherwise."""
+    group.add_argument(flag, dest=field, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 _METAVAR: dict[type, str] = {int: "N", float: "X", str: "NAME"}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ats_stream.io import ArchiveRow, StorageOptions
-    from ats_stream.workers.config import ClusterConfig
+    from ats_stream.workers.config import ClusterConfig, RunConfig
     from ats_stream.workers.predict import Predicted
 
 USAGE = "RUN INPUT [INPUT ...] --out DIR [options]"
@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("run_folder", metavar="RUN", help="run folder or checkpoint file")
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="one archive table (.csv), or pyramids, or slides"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="one archive table (.csv, .parquet), or pyramids, or slides",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make for the results")
     parser.add_argument("--split", metavar="NAME", help="only the rows of this split of the table")
@@ -75,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cluster = cluster_from(arguments, num_ranks=1)
     predictor = Predictor.load(arguments.run_folder)
     storage_options = storage_options_from(arguments)
-    rows = _rows(arguments, predictor.config.classes, storage_options)
+    rows = _rows(arguments, predictor.config, storage_options)
     with _appearing(out) as folder, _running(cluster):
         found = predictor.predict(rows, cluster, scheme=arguments.scheme, storage_options=storage_options)
         named = _with_own_names(progress(found, total=len(rows), unit="image"), rows)
@@ -137,21 +140,24 @@ def write_results(
 
 
 def _rows(
-    arguments: argparse.Namespace, classes: tuple[str, ...], storage_options: StorageOptions
+    arguments: argparse.Namespace, config: RunConfig, storage_options: StorageOptions
 ) -> tuple[ArchiveRow, ...]:
     from ats_stream.commands.options import archive_from
     from ats_stream.errors import InputError
     from ats_stream.io import ArchiveRow
+    from ats_stream.io.archive import is_table
     from ats_stream.io.remote import has_login
 
-    tables = [place for place in arguments.inputs if place.endswith(".csv")]
+    tables = [place for place in arguments.inputs if is_table(place)]
     if tables:
         if len(arguments.inputs) > 1:
             raise InputError(f"{tables[0]}: a table must be the only input, got {len(arguments.inputs)}")
-        archive = archive_from(arguments, tables[0], classes=classes)
+        # labels of other tasks are numbers, or several classes
+        known = config.classes if config.trainer.task == "classification" else None
+        archive = archive_from(arguments, tables[0], classes=known)
         return (archive if arguments.split is None else archive.split(arguments.split)).rows
     if arguments.split is not None:
-        raise InputError("--split needs an archive table (.csv) as input")
+        raise InputError("--split needs an archive table (.csv or .parquet) as input")
     for place in arguments.inputs:
         if has_login(place):  # it would be written with the results
             raise InputError("a user or password stands in a URL: give both as storage options")

@@ -17,22 +17,27 @@ with exit code 75: the same command goes on from there, with the numbers of a ru
 does the same in two training processes, each with processes of its own that read and draw; --lag 1 and
 more lets these run ahead of training.
 
-In the lines printed, sampled mass is the share of the attention that lies on the drawn patches, and
-waiting the share of the time that training waited for patches.
+In the lines printed, sampled mass is the share of the attention that lies on the drawn patches, waiting the
+share of the time that training waited for patches, and, with --lag, staleness by how many steps the attention
+that drew was behind and effective the share of the patches that this leaves worth drawing.
+
+  ats-stream train archive.csv --out runs/third --config runs/first/config.yaml --lr 3e-4
+
+takes every setting from a file, such as that of another run, except those given as options.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
     from typing import Self
 
     from ats_stream.io import Archive, Level
-    from ats_stream.workers import RunConfig
+    from ats_stream.workers import RunConfig, TrainerConfig
     from ats_stream.workers.metrics import Record
 
 USAGE = "ARCHIVE --out RUN [options]"
@@ -40,102 +45,28 @@ USAGE = "ARCHIVE --out RUN [options]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream train``."""
+    from ats_stream.commands.config_file import add_config_option
     from ats_stream.commands.options import add_column_options, add_ray_options, add_storage_options
+    from ats_stream.commands.train_options import (
+        add_model_options,
+        add_sampler_options,
+        add_trainer_options,
+    )
 
     parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
-    _add_sampler_options(parser)
-    _add_model_options(parser)
-    _add_trainer_options(parser)
+    add_config_option(parser)
+    add_sampler_options(parser)
+    add_model_options(parser)
+    add_trainer_options(parser)
     add_column_options(parser)
     add_storage_options(parser)
     add_ray_options(parser, ranks=True)
 
 
-def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    from ats_stream.commands.options import add_field
-    from ats_stream.sampling import SCHEMES
-    from ats_stream.workers import SamplerConfig
-
-    sampler = SamplerConfig()
-    group = parser.add_argument_group("what is looked at")
-    add_field(group, sampler, "num_patches", "--patches", "patches drawn from each image")
-    add_field(group, sampler, "patch_px", "--patch-px", "side of a patch in pixels of full resolution")
-    add_field(
-        group, sampler, "view_downsample", "--view-downsample", "full over low resolution; the nearest level"
-    )
-    group.add_argument(
-        "--scheme",
-        choices=SCHEMES,
-        default=sampler.scheme,
-        help="how positions are drawn and weighed; top is biased, for comparison (%(default)s)",
-    )
-    group.add_argument(
-        "--prior",
-        dest="prior_label",
-        metavar="LABEL",
-        help="draw only inside this label image, such as tissue (default: anywhere)",
-    )
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    from ats_stream.commands.options import add_field
-    from ats_stream.models import ModelConfig
-    from ats_stream.models.classifier import ATTENTION_KINDS
-
-    model = ModelConfig(num_classes=2)
-    group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--attention",
-        choices=ATTENTION_KINDS,
-        default=model.attention,
-        help="uniform: no attention, for comparison (%(default)s)",
-    )
-    add_field(group, model, "attention_width", "--attention-width", "channels of the attention network")
-    add_field(group, model, "attention_layers", "--attention-layers", "convolutions of the attention network")
-    add_field(group, model, "feature_width", "--feature-width", "channels of the feature network")
-
-
-def _add_trainer_options(parser: argparse.ArgumentParser) -> None:
-    from ats_stream.commands.options import add_field
-    from ats_stream.workers import TrainerConfig
-
-    trainer = TrainerConfig()
-    group = parser.add_argument_group("the training")
-    add_field(group, trainer, "num_epochs", "--epochs", "passes over the training split")
-    add_field(group, trainer, "batch_size", "--batch-size", "images in a step, over all training processes")
-    add_field(group, trainer, "lr", "--lr", "learning rate of AdamW")
-    add_field(group, trainer, "decay_share", "--decay-share", "last share of the steps, where it falls to 0")
-    add_field(group, trainer, "weight_decay", "--weight-decay", "weight decay of AdamW")
-    add_field(group, trainer, "clip_norm", "--clip-norm", "largest norm of a gradient")
-    add_field(group, trainer, "entropy_weight", "--entropy-weight", "reward for attention that stays spread")
-    group.add_argument(
-        "--centred",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="take the self-centred gradient: less variance, a small bias",
-    )
-    add_field(group, trainer, "extra_patches", "--extra-patches", "more patches in the first epoch")
-    add_field(group, trainer, "extra_epochs", "--extra-epochs", "epochs over which these dwindle to none")
-    add_field(group, trainer, "lag", "--lag", "steps that drawing may run ahead of training")
-    add_field(group, trainer, "publish_interval", "--publish-interval", "steps between updates of who draws")
-    add_field(group, trainer, "seed", "--seed", "seed of weights, order and draws")
-    add_field(
-        group, trainer, "checkpoint_interval", "--checkpoint-interval", "steps; 0: at the end of each epoch"
-    )
-    add_field(group, trainer, "train_split", "--train-split", "split to train on")
-    add_field(group, trainer, "val_split", "--val-split", "split to evaluate after each epoch, if there")
-    group.add_argument(
-        "--gpu",
-        dest="use_gpu",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="train on a GPU, one for each training process",
-    )
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, with a line for each epoch."""
+    from ats_stream.commands.config_file import apply_config_file
     from ats_stream.commands.options import (
         archive_from,
         check_out,
@@ -148,8 +79,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ats_stream.workers.checkpoint import latest_checkpoint
     from ats_stream.workers.preemption import StopRequest
     from ats_stream.workers.sampler import view_level
+    from ats_stream.workers.tasks import TASKS
 
     stop = StopRequest()
+    classes = apply_config_file(arguments)
     check_out(Path(arguments.out), empty=False)
     # what the options alone decide is checked before any file is opened
     trainer = config_from(arguments, TrainerConfig)
@@ -157,17 +90,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cluster = cluster_from(arguments)
     config_from(arguments, ModelConfig, num_classes=2)
     storage_options = storage_options_from(arguments)
-    archive = archive_from(arguments, arguments.archive)
+    archive = _folded(archive_from(arguments, arguments.archive), arguments, trainer)
+    outputs = classes or TASKS[trainer.task].outputs(archive)
     first = storage_options.open(archive.split(trainer.train_split)[0].slide)
     full = first.levels[0]
     model = config_from(
         arguments,
         ModelConfig,
-        num_classes=len(archive.classes),
+        num_classes=len(outputs),
         num_channels=full.shape[0],
         max_value=_max_value(full.dtype),
     )
-    config = RunConfig(model=model, sampler=sampler, trainer=trainer, classes=archive.classes)
+    config = RunConfig(model=model, sampler=sampler, trainer=trainer, classes=outputs)
     print(describe(archive, config, view_level(first, sampler.view_downsample)), flush=True)
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
@@ -183,16 +117,39 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             stop=stop,
             storage_options=storage_options,
         )
-    accuracies = [record["accuracy"] for record in result.metrics if record["phase"] == "val"]
-    score = f", validation accuracy {accuracies[-1]:.3f}" if accuracies else ""
+    name = TASKS[trainer.task].score
+    scores = [record[name] for record in result.metrics if record["phase"] == "val"]
+    score = f", validation {name} {scores[-1]:.3f}" if scores else ""
     note = " (it was done before)" if before == result.checkpoint else ""
-    epochs = f"{trainer.num_epochs} epoch{'s' * (trainer.num_epochs != 1)}"
+    num_epochs = max(record["epoch"] for record in result.metrics)
+    epochs = f"{num_epochs} epoch{'s' * (num_epochs != 1)}"
+    if num_epochs < trainer.num_epochs:
+        epochs += f" of {trainer.num_epochs}, the last {trainer.patience} no better,"
     print(f"{result.run_dir}: {epochs} done{note}{score}; {result.checkpoint}")
     return {
         "run": str(result.run_dir.absolute()),
         "checkpoint": str(result.checkpoint.absolute()),
-        "val_accuracy": accuracies[-1] if accuracies else None,
+        f"val_{name}": scores[-1] if scores else None,
     }
+
+
+def _folded(archive: Archive, arguments: argparse.Namespace, trainer: TrainerConfig) -> Archive:
+    """The archive with the fold that was asked for as its validation split."""
+    from ats_stream.errors import InputError
+    from ats_stream.io.folds import fold_archive
+
+    if arguments.folds is None and arguments.fold is None:
+        return archive
+    if arguments.folds is None or arguments.fold is None:
+        raise InputError("--folds and --fold go together")
+    return fold_archive(
+        archive,
+        arguments.folds,
+        arguments.fold,
+        train_split=trainer.train_split,
+        val_split=trainer.val_split,
+        seed=trainer.seed,
+    )
 
 
 def _max_value(dtype: Any) -> float:
@@ -209,10 +166,12 @@ def describe(archive: Archive, config: RunConfig, view: Level) -> str:
     counts = f"{splits.count(trainer.train_split)} images of split {trainer.train_split!r}"
     if trainer.val_split in splits:
         counts += f", validation on {splits.count(trainer.val_split)} of {trainer.val_split!r}"
+    outputs = ", ".join(config.classes)
+    what = f"classes {outputs}" if trainer.task in ("classification", "multilabel") else trainer.task
     size = " x ".join(str(n) for n in view.shape[:0:-1])
     within = f" within {sampler.prior_label}" if sampler.prior_label else ""
     return (
-        f"training on {counts}; classes {', '.join(config.classes)}\n"
+        f"training on {counts}; {what}\n"
         f"of the first: view {size} px at 1/{max(view.downsample):g}, "
         f"{sampler.num_patches} patches of {sampler.patch_px} px drawn{within} ({sampler.scheme})"
     )
@@ -244,13 +203,21 @@ class EpochLines:
     def on_record(self, record: Record) -> None:
         """Print one record."""
         if record["phase"] == "train":
+            behind = f"  staleness {record['staleness']:.1f}" if record["staleness"] else ""
+            effective = f"  effective {record['effective_share']:.0%}" if behind else ""
             line = (
-                f"epoch {record['epoch']:>3}/{self.num_epochs}  loss {record['loss']:.3f}  "
-                f"accuracy {record['accuracy']:.3f}  sampled mass {record['sampled_mass']:.2%}  "
+                f"epoch {record['epoch']:>3}/{self.num_epochs}  {_scores(record)}  "
+                f"sampled mass {record['sampled_mass']:.2%}{behind}{effective}  "
                 f"{record['images_per_s']:.1f} images/s  waiting {record['wait_share']:.0%}"
             )
         else:
-            line = f"{'validation':>13}  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
+            line = f"{'validation':>13}  {_scores(record)}"
         self._bar.clear()
         print(line, flush=True)
         self._bar.refresh()
+
+
+def _scores(record: Record) -> str:
+    """Loss, and what else tells how good it is."""
+    names = ("loss", "accuracy", "auroc", "mae", "r2", "concordance")
+    return "  ".join(f"{name} {record[name]:.3f}" for name in names if name in record)

@@ -34,7 +34,7 @@ def write_table(path: Path, predictions: Sequence[Predicted]) -> Path:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["slide", "split", "label", "predicted"]
-        + [f"p_{name}" for name in classes]
+        + [f"p_{name}" if _has_probabilities(predictions[0]) else name for name in classes]
         + ["num_patches", "stored_bytes", "decoded_bytes", "full_bytes", "seconds"]
     )
     for one in predictions:
@@ -49,7 +49,7 @@ def draw_picture(
 ) -> Image.Image:
     """Thumbnail, attention with the drawn patches boxed, and the patches with their share of the weight."""
     patch_size = prediction.crops_NCPP.shape[2:]
-    confidence = float(prediction.probability_K.max())
+    confidence = f" ({float(prediction.probability_K.max()):.0%})" if _is_of_classes(prediction) else ""
     label = f", label {prediction.label}" if prediction.label else ""
     share = prediction.decoded_bytes / prediction.full_bytes
     return prediction_picture(
@@ -61,7 +61,7 @@ def draw_picture(
         patch_size=(patch_size[0], patch_size[1]),
         image_shape=(prediction.full_shape[-2], prediction.full_shape[-1]),
         title=prediction.name,
-        subtitle=f"predicted {prediction.predicted} ({confidence:.0%}){label}; {share:.2%} of pixels read",
+        subtitle=f"predicted {prediction.predicted}{confidence}{label}; {share:.2%} of pixels read",
         theme="dark" if dark else "light",
     )
 
@@ -114,5 +114,13 @@ def predictions_section(
         heading="Predictions",
         key_values=tuple(facts),
         figures=figures,
-        table=confusion_table(predictions) if known is not None else None,
+        table=confusion_table(predictions) if known is not None and _is_of_classes(predictions[0]) else None,
     )
+
+
+def _is_of_classes(prediction: Predicted) -> bool:
+    return prediction.task == "classification"
+
+
+def _has_probabilities(prediction: Predicted) -> bool:
+    return prediction.task in ("classification", "multilabel")

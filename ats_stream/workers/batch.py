@@ -65,8 +65,8 @@ class Evaluated:
     """One image seen by a model that does not change."""
 
     item: Item
-    probability_K: Array
-    """Class probabilities, float32."""
+    outputs_K: Array
+    """What the head puts out (class logits, say), float32."""
     attention_N: Array
     """Attention of the drawn positions, float32."""
 
@@ -89,8 +89,8 @@ def evaluate(
         # closed before each yield: the mode belongs to the thread, so to whoever receives what is yielded
         with torch.inference_mode():
             prediction = model(collate(items).to(device))
-            probability_BK = prediction.class_logits_BK.softmax(1).cpu().numpy()
+            outputs_BK = prediction.class_logits_BK.cpu().numpy()
             attention_BN = prediction.attention_BN.cpu().numpy()
-        for item, probability_K, attention_N in zip(items, probability_BK, attention_BN, strict=True):
+        for item, outputs_K, attention_N in zip(items, outputs_BK, attention_BN, strict=True):
             if item.visit.share > 0:
-                yield Evaluated(item, probability_K, attention_N)
+                yield Evaluated(item, outputs_K, attention_N)

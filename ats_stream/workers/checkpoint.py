@@ -16,24 +16,28 @@ from ats_stream.models.weights import read_torch_file
 if TYPE_CHECKING:
     import os
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 NUM_KEPT = 2
 FIELDS: dict[str, type] = {
     "config": dict,
     "archive": str,
     "model": dict,
+    "average": dict,
     "optimiser": dict,
-    "scheduler": dict,
+    "best": dict,
     "versions": dict,
     "totals": dict,
 }
 """What a checkpoint holds besides its format and step."""
+BEST = "best.pt"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
-def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], *, is_best: bool = False) -> Path:
     """Write the state (FIELDS) after ``step`` steps and forget all but the newest few.
+
+    The best so far is written once more, as ``best.pt``, which stays until a better one comes.
 
     A killed process leaves no half file under the name. Raises StorageError if the system refuses.
     """
@@ -41,6 +45,9 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
     # made whole in memory: torch.save hides what the system says of a full disk
     whole = io.BytesIO()
     torch.save({"format": FORMAT, "step": step, **state}, whole)
+    # the best first: a kill between the two leaves a run that will validate this step again
+    if is_best:
+        write_atomic(folder / BEST, whole.getvalue())
     target = write_atomic(folder / f"step-{step:08d}.pt", whole.getvalue())
     try:
         leftovers = folder.glob(

@@ -144,6 +144,21 @@ class RayRanks:
         torch.distributed.all_reduce(summed)
         return summed.cpu()
 
+    def gather(self, values: Tensor) -> Tensor:
+        """All-gather; what others computed comes without gradients."""
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, values.detach().contiguous())
+        parts[self.rank] = values
+        return torch.cat(parts)
+
+    def collect(self, values: Tensor) -> Tensor:
+        """All-gather of tensors whose lengths differ."""
+        lengths = self.gather(torch.tensor([len(values)], device=self.device)).tolist()
+        padded = torch.zeros(max(lengths), *values.shape[1:], dtype=values.dtype, device=self.device)
+        padded[: len(values)] = values.detach()
+        parts = self.gather(padded).cpu().chunk(self.world_size)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
     def report(self, numbers: dict[str, float]) -> None:
         """A barrier over the ranks, which also tells Ray Train that they live."""
         import ray.train

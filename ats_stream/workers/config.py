@@ -11,33 +11,63 @@ import yaml
 from ats_stream.errors import CheckpointError, InputError
 from ats_stream.files import write_atomic
 from ats_stream.models import ModelConfig
+from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
 from ats_stream.workers.sampler import SamplerConfig
 from ats_stream.workers.stream import DEFAULT_WINDOW
+from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 EXECUTORS = ("serial", "ray")
 CONFIG_FILE = "config.yaml"
+VISITS = ("once", "slide-weight", "class")
+
+
+_CHOICES: dict[str, Collection[str]] = {
+    "task": TASKS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "visits": VISITS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How a model is trained. What changes the result; where it runs is :class:`ClusterConfig`."""
 
+    task: str = "classification"
+    """What the labels are: ``classification``, ``multilabel``, ``regression`` or ``survival``."""
     num_epochs: int = 10
     """Passes over the training split."""
     batch_size: int = 8
     """Images in a step, over all ranks; the number of ranks divides it."""
     lr: float = 1e-3
     """Learning rate of AdamW at the start."""
+    schedule: str = "linear"
+    """How the learning rate falls at the end: ``linear``, ``cosine``, or ``constant``, not at all."""
+    warmup_share: float = 0.0
+    """First share of the steps in which the learning rate rises linearly."""
     decay_share: float = 0.4
-    """Last share of the steps in which the learning rate falls linearly to 0."""
+    """Last share of the steps in which the learning rate falls to 0."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of a step."""
+    precision: str = "float32"
+    """Of the feature network: ``float32``, ``bfloat16``, or ``float16``, which needs a GPU."""
+    accumulate: int = 1
+    """Parts in which each rank computes its share of a step, to hold less in memory at a time."""
+    average_decay: float = 0.0
+    """Decay of the exponential moving average of the weights, which is validated and kept; 0 for none."""
+    visits: str = "once"
+    """How often an epoch visits an image: ``once``; in proportion to the column ``weight``
+    (``slide-weight``); or each class equally often (``class``)."""
+    class_weights: bool = False
+    """Whether the loss of an image is weighed by the inverse frequency of its class."""
+    patience: int = 0
+    """Epochs without a better validation after which training ends; 0 for never."""
     entropy_weight: float = 0.0
     """Weight of the attention's entropy, which is rewarded; keeps attention from collapsing early."""
     lag: int = 0
@@ -58,10 +88,13 @@ class TrainerConfig:
     """Split that is evaluated after each epoch; none if the table has no such rows."""
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "publish_interval"):
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("num_epochs", "batch_size", "publish_interval", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        counts = ("lag", "checkpoint_interval", "extra_patches", "extra_epochs")
+        counts = ("lag", "checkpoint_interval", "extra_patches", "extra_epochs", "patience")
         for name in ("weight_decay", "entropy_weight", *counts):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -71,8 +104,15 @@ class TrainerConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share must lie in [0, 1], got {self.decay_share}")
+        for name in ("decay_share", "warmup_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay must lie in [0, 1), got {self.average_decay}")
+        if TASKS[self.task].needs_whole_batch and self.accumulate > 1:
+            raise ValueError(f"accumulate must be 1 for {self.task}, whose loss needs all images of a step")
+        if self.task != "classification" and (self.class_weights or self.visits == "class"):
+            raise ValueError(f"class_weights and visits=class need classes, got the task {self.task}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +166,7 @@ class RunConfig:
     sampler: SamplerConfig
     trainer: TrainerConfig
     classes: tuple[str, ...]
-    """Labels of the archive table in the order of the model's outputs."""
+    """What the model's outputs mean: labels of the archive table, or the name of the number."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists."""

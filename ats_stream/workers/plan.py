@@ -61,6 +61,8 @@ class Plan:
     """Patches drawn in the first epoch beyond the sampler's own number."""
     extra_epochs: int = 0
     """Epochs over which the extra patches dwindle to none."""
+    weights: tuple[float, ...] | None = None
+    """How often each image is visited, in proportion; None for once an epoch."""
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -70,6 +72,8 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lag is not None and self.lag < 0:
             raise ValueError(f"lag must be at least 0, got {self.lag}")
+        if self.weights is not None and (len(self.weights) != len(self.images) or min(self.weights) <= 0):
+            raise ValueError(f"weights must be {len(self.images)} positive numbers, got {self.weights}")
         for name in ("extra_patches", "extra_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -111,24 +115,45 @@ class Plan:
         return -(-self.extra_patches * (self.extra_epochs - epoch) // self.extra_epochs)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Rows of the archive table in the order in which an epoch visits them."""
+        """Rows of the archive table in the order in which an epoch visits them.
+
+        With ``weights`` an image of share w is visited floor(n w) or ceil(n w) times, n w on average
+        (systematic sampling), n being the number of images.
+
+        >>> plan = Plan(images=(5, 6), batch_size=1, num_epochs=1, seed=0, weights=(3.0, 1.0))
+        >>> [sorted(plan.order(epoch).tolist()) for epoch in range(4)]
+        [[5, 5], [5, 5], [5, 6], [5, 5]]
+        """
         images = np.asarray(self.images, dtype=np.int64)
-        if not self.shuffle:
-            return images
         key = np.array([self.seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(images)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        if self.weights is not None:
+            images = np.sort(images[self._resampled(generator)])
+        return generator.permutation(images) if self.shuffle else images
+
+    def _resampled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """As many numbers of images as there are images, in proportion to the weights."""
+        # in an order of their own: neighbours would otherwise compete for the same visits in every epoch
+        order = generator.permutation(len(self.images))
+        edges = np.cumsum(np.asarray(self.weights, np.float64)[order])
+        ticks = (np.arange(len(order)) + generator.random()) * (edges[-1] / len(order))
+        found: npt.NDArray[np.int64] = order[np.searchsorted(edges[:-1], ticks, side="right")]
+        return found
 
     def visits(self, step: int) -> tuple[Visit, ...]:
         """The visits of one step, ``batch_size`` of them, over all ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = self.order(epoch)
+        repeats = _earlier_visits(order) if self.weights is not None else np.zeros_like(order)
         slots = np.arange(step_in_epoch * self.batch_size, (step_in_epoch + 1) * self.batch_size)
         num_real = int((slots < len(order)).sum())
         return tuple(
             Visit(
                 image=int(order[slot % len(order)]),
                 step=step,
-                stream_id=(epoch << 32) + int(order[slot % len(order)]),
+                stream_id=(epoch << 32)
+                + int(repeats[slot % len(order)]) * (max(self.images) + 1)
+                + int(order[slot % len(order)]),
                 version=self.version_of(step),
                 share=1.0 / num_real if slot < len(order) else 0.0,
                 extra_patches=self.extra_patches_of(epoch),
@@ -142,3 +167,16 @@ class Plan:
             raise ValueError(f"world size {world_size} does not divide the batch of {self.batch_size}")
         per_rank = self.batch_size // world_size
         return self.visits(step)[rank * per_rank : (rank + 1) * per_rank]
+
+
+def _earlier_visits(order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each image stands further ahead in an order.
+
+    >>> _earlier_visits(np.array([7, 3, 7, 7, 3])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    by_image = np.argsort(order, kind="stable")
+    _, first, counts = np.unique(order[by_image], return_index=True, return_counts=True)
+    earlier = np.empty_like(order)
+    earlier[by_image] = np.arange(len(order)) - np.repeat(first, counts)
+    return earlier

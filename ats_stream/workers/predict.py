@@ -17,6 +17,7 @@ from ats_stream.workers.config import ClusterConfig, RunConfig
 from ats_stream.workers.executors import make_executor
 from ats_stream.workers.plan import Plan
 from ats_stream.workers.stream import Stream
+from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
     import os
@@ -39,7 +40,7 @@ class Predicted:
     """Label of the table; empty if none was given."""
     classes: tuple[str, ...]
     probability_K: Array
-    """Class probabilities, in the order of ``classes``."""
+    """Probabilities in the order of ``classes``; of other tasks, the values that the model gives."""
     attention_YX: Array
     """Attention probability of every position of the view."""
     attention_N: Array
@@ -60,16 +61,18 @@ class Predicted:
     """Bytes of the whole of full resolution, decoded."""
     seconds: float
     """Time that reading, attention and drawing took."""
+    task: str = "classification"
+    """What the model was trained to say."""
 
     @property
     def predicted(self) -> str:
-        """The most probable class."""
-        return self.classes[int(self.probability_K.argmax())]
+        """What the model says: the most probable class, or in other tasks the classes or the number."""
+        return TASKS[self.task].answer(self.probability_K.tolist(), self.classes)
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the prediction is the label; None without one."""
-        return None if not self.label else self.predicted == self.label
+        """Whether the prediction is the label; None without one, and for numbers."""
+        return TASKS[self.task].is_right(self.predicted, self.label) if self.label else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Predictor:
         try:
             config = RunConfig.from_dict(state["config"])
             model = PatchClassifier(config.model)
-            model.load_state_dict(state["model"])
+            model.load_state_dict(state["average"] or state["model"])
         except (KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: the weights do not fit their configuration: {reason}") from error
@@ -113,6 +116,7 @@ class Predictor:
         that cannot be read.
         """
         cluster, options = cluster or ClusterConfig(), StorageOptions.of(storage_options)
+        task = TASKS[self.config.trainer.task]
         class_of = {name: number for number, name in enumerate(self.config.classes)}
         sampler = self.config.sampler if scheme is None else replace(self.config.sampler, scheme=scheme)
         executor = make_executor(
@@ -144,7 +148,7 @@ class Predictor:
                     split=row.split,
                     label=row.label,
                     classes=self.config.classes,
-                    probability_K=seen.probability_K,
+                    probability_K=task.probability(torch.from_numpy(seen.outputs_K)[None])[0].numpy(),
                     attention_YX=log_a_M.exp().reshape(view.shape[1:]).numpy(),
                     attention_N=seen.attention_N[:num],
                     weight_N=item.weight_N[:num],
@@ -155,6 +159,7 @@ class Predictor:
                     full_shape=full.shape,
                     full_bytes=math.prod(full.shape) * full.dtype.itemsize,
                     seconds=item.seconds,
+                    task=self.config.trainer.task,
                 )
         finally:
             executor.close()

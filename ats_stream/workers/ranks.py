@@ -27,6 +27,12 @@ class Ranks(Protocol):
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks."""
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all ranks, equally many, in the order of the ranks; gradients reach this rank's."""
+
+    def collect(self, values: Tensor) -> Tensor:
+        """The rows of all ranks, any number of each, on the CPU and without gradients."""
+
     def report(self, numbers: dict[str, float]) -> None:
         """Tell the outside, all ranks together."""
 
@@ -52,6 +58,14 @@ class Alone:
     def total(self, values: Tensor) -> Tensor:
         """The values themselves."""
         return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def collect(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values.detach().cpu()
 
     def report(self, numbers: dict[str, float]) -> None:
         """Nobody listens."""

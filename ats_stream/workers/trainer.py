@@ -7,24 +7,22 @@ the weights, the optimiser and the attention versions that steps to come still d
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from ats_stream.errors import CheckpointError, PreemptedError
 from ats_stream.files import sha256_of
 from ats_stream.io import StorageOptions
-from ats_stream.models import PatchClassifier
-from ats_stream.workers.batch import collate, effective_share, evaluate
+from ats_stream.workers.batch import evaluate
+from ats_stream.workers.best import BestModel
 from ats_stream.workers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ats_stream.workers.config import ClusterConfig, RunConfig, check_same
 from ats_stream.workers.executors import make_executor
+from ats_stream.workers.learner import Learner
 from ats_stream.workers.metrics import MetricsLog, Record
 from ats_stream.workers.plan import Plan
 from ats_stream.workers.protocol import AttentionWeights
@@ -32,10 +30,9 @@ from ats_stream.workers.stream import Stream
 from ats_stream.workers.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from ats_stream.workers.executors import Executor
-    from ats_stream.workers.protocol import Item
     from ats_stream.workers.ranks import Ranks
 
 
@@ -52,14 +49,33 @@ class TrainJob:
     """Class of each row."""
     train_rows: tuple[int, ...]
     val_rows: tuple[int, ...]
+    targets: list[list[float]] | None = None
+    """Target values of each row; None for the class."""
+    loss_weights: list[float] | None = None
+    """What the loss of each row counts; None for 1."""
+    visit_weights: list[float] | None = None
+    """How often each of ``train_rows`` is visited, in proportion; None for once an epoch."""
+
     storage_options: StorageOptions = field(default_factory=StorageOptions)
     """For the URLs among the slides; no part of the configuration, which is written down."""
+
+    @property
+    def targets_of_rows(self) -> torch.Tensor:
+        """Target values of all rows (R, T), float32."""
+        return torch.tensor([[n] for n in self.labels] if self.targets is None else self.targets).float()
+
+    @property
+    def loss_weights_of_rows(self) -> torch.Tensor:
+        """Loss weights of all rows (R,), float32."""
+        return torch.tensor(self.loss_weights or [1.0] * len(self.slides)).float()
 
     @property
     def archive_key(self) -> str:
         """Hash of the slides' names, labels and splits: what decides who is visited, not where it lies."""
         names = [Path(slide).name for slide in self.slides]
-        return sha256_of(json.dumps([names, self.labels, self.train_rows, self.val_rows]).encode())
+        facts: list[Any] = [names, self.labels, self.train_rows, self.val_rows]
+        more = [self.targets, self.loss_weights, self.visit_weights]
+        return sha256_of(json.dumps(facts + more).encode())
 
 
 def check_resumable(state: Mapping[str, Any], job: TrainJob) -> None:
@@ -109,7 +125,7 @@ def train_rank(
 
 
 class RankTrainer:
-    """Model, optimiser and stream of one rank."""
+    """What learns, and the stream that feeds it, of one rank."""
 
     def __init__(self, job: TrainJob, ranks: Ranks, executor: Executor) -> None:
         config = job.config.trainer
@@ -123,21 +139,22 @@ class RankTrainer:
             publish_interval=config.publish_interval,
             extra_patches=config.extra_patches,
             extra_epochs=config.extra_epochs,
+            weights=None if job.visit_weights is None else tuple(job.visit_weights),
         )
-        torch.manual_seed(config.seed)
-        self.model = PatchClassifier(job.config.model).to(ranks.device)
-        self.wrapped = ranks.wrap(self.model)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        self.learner = Learner(
+            job.config,
+            ranks,
+            num_steps=self.plan.num_steps,
+            target_RT=job.targets_of_rows,
+            weight_R=job.loss_weights_of_rows,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: _lr_factor(step, self.plan.num_steps, config.decay_share)
-        )
+        self.task = self.learner.task
+        self.best = BestModel(higher_is_better=self.task.higher_is_better)
         self.totals = Totals()
         self._saved_step = 0
         self._epoch_is_open = False  # a stop came between the last step of an epoch and the epoch's end
         self.stream = self._stream(start_step=0)
-        self.stream.publish(0, self.model.attention)
+        self.stream.publish(0, self.learner.model.attention)
 
     def _stream(self, *, start_step: int) -> Stream:
         return Stream(
@@ -163,9 +180,8 @@ class RankTrainer:
             raise CheckpointError(f"{path}: does not fit its own configuration: {reason}") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.learner.restore(state)
+        self.best.restore(state["best"])
         self.stream = self._stream(start_step=state["step"])
         self.stream.restore(
             {
@@ -182,7 +198,7 @@ class RankTrainer:
         first = self.ranks.rank == 0
         self.totals = Totals(state["totals"] if first else dict.fromkeys(state["totals"], 0.0))
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, is_best: bool = False) -> None:
         """Save everything that moves (rank 0; of all but the totals the other ranks hold the same)."""
         totals = self.totals.over(self.ranks)
         self._saved_step = self.stream.step
@@ -198,20 +214,23 @@ class RankTrainer:
             {
                 "config": self.job.config.to_dict(),
                 "archive": self.job.archive_key,
-                "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
+                **self.learner.state(),
+                "best": self.best.state(),
                 "versions": versions,
                 "totals": totals,
             },
+            is_best=is_best,
         )
 
     def run(self, log: MetricsLog | None) -> None:
-        """Train to the last step, with metrics and a checkpoint at the end of each epoch."""
+        """Train to the last step, with metrics and a checkpoint at the end of each epoch.
+
+        It ends earlier when validation has not got better for as many epochs as the configuration allows.
+        """
         interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
         if self._epoch_is_open:
             self._end_epoch(log)
-        while self.stream.step < self.plan.num_steps:
+        while self.stream.step < self.plan.num_steps and not self.best.is_stale(self.config.patience):
             self._leave_if_asked()
             self.totals.add(self.step())
             step = self.stream.step
@@ -227,17 +246,17 @@ class RankTrainer:
         step = self.stream.step
         epoch = step // self.plan.steps_per_epoch
         train = self.totals.numbers(self.ranks)
-        lr = float(self.scheduler.get_last_lr()[0])
         val = self.validate()
+        is_best = bool(val) and self.best.is_better(val[self.task.score], step)
         if log is not None:
-            log.write("train", step, {"epoch": epoch, **train, "lr": lr})
+            log.write("train", step, {"epoch": epoch, **train, "lr": self.learner.lr})
             if val:
                 log.write("val", step, {"epoch": epoch, **val})
         self.totals = Totals()
-        self._save()
+        self._save(is_best=is_best)
 
-    def _save(self) -> None:
-        self.checkpoint()
+    def _save(self, *, is_best: bool = False) -> None:
+        self.checkpoint(is_best=is_best)
         self.ranks.report({"step": self.stream.step})
 
     def _leave_if_asked(self) -> None:
@@ -253,36 +272,12 @@ class RankTrainer:
         start_s = time.perf_counter()
         items = self.stream.next_step()
         wait_s = time.perf_counter() - start_s
-        self.model.train()
-        prediction = self.wrapped(collate(items).to(self.ranks.device))
-        label_B = torch.tensor([item.label for item in items], device=self.ranks.device)
-        share_B = torch.tensor([item.visit.share for item in items], device=self.ranks.device)
-        entropies_B = F.cross_entropy(prediction.class_logits_BK, label_B, reduction="none")
-        loss_B = entropies_B - self.config.entropy_weight * prediction.entropy_B
-        # shares sum to 1 over all ranks, and the wrapper averages gradients over the ranks
-        loss = (share_B * loss_B).sum() * self.ranks.world_size
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimiser.step()
-        self.scheduler.step()
-        self.stream.publish(self.stream.step, self.model.attention)
-        real_B = (share_B > 0).cpu()
-        right_B = (prediction.class_logits_BK.argmax(1) == label_B).cpu()
-        return {
-            "images": float(real_B.sum()),
-            "loss": float((entropies_B.detach().cpu() * real_B).sum().item()),
-            "accuracy": float((right_B & real_B).sum()),
-            "entropy": float((prediction.entropy_B.detach().cpu() * real_B).sum()),
-            "sampled_mass": float((prediction.attention_BN.detach().cpu().sum(1) * real_B).sum()),
-            "effective_share": float((effective_share(items, prediction) * real_B).sum()),
-            **_reading(items, real_B.tolist()),
-            "wait_s": wait_s,
-            "step_s": time.perf_counter() - start_s,
-        }
+        sums = self.learner.step(items)
+        self.stream.publish(self.stream.step, self.learner.model.attention)
+        return {**sums, "wait_s": wait_s, "step_s": time.perf_counter() - start_s}
 
     def validate(self) -> dict[str, float]:
-        """Loss and accuracy on the validation split, with draws that are the same every time."""
+        """The task's numbers on the validation split, with draws that are the same every time."""
         if not self.job.val_rows:
             return {}
         plan = Plan(
@@ -300,30 +295,14 @@ class RankTrainer:
             world_size=self.ranks.world_size,
             window=self.job.cluster.window,
         )
-        stream.publish(0, self.model.attention)
-        sums = torch.zeros(3, dtype=torch.float64)
-        for seen in evaluate(self.model, stream, self.ranks.device, before_step=self._leave_if_asked):
-            probability = float(seen.probability_K[seen.item.label])
-            right = float(seen.probability_K.argmax() == seen.item.label)
-            sums += torch.tensor([1.0, -math.log(max(probability, 1e-12)), right], dtype=torch.float64)
-        images, loss, right = self.ranks.total(sums).tolist()
-        return {"loss": loss / images, "accuracy": right / images}
-
-
-def _reading(items: Sequence[Item], real: list[bool]) -> dict[str, float]:
-    kept = [item for item, keep in zip(items, real, strict=True) if keep]
-    return {
-        "stored_bytes": float(sum(item.stored_bytes for item in kept)),
-        "decoded_bytes": float(sum(item.decoded_bytes for item in kept)),
-        "sampler_s": sum(item.seconds for item in kept),
-    }
-
-
-def _lr_factor(step: int, num_steps: int, decay_share: float) -> float:
-    """1, then a line to 0 over the last share of the steps.
-
-    >>> [_lr_factor(step, 10, 0.4) for step in (0, 6, 8, 10)]
-    [1.0, 1.0, 0.5, 0.0]
-    """
-    decay_steps = num_steps * decay_share
-    return min(1.0, (num_steps - step) / decay_steps) if decay_steps else 1.0
+        model = self.learner.best_guess
+        stream.publish(0, model.attention)
+        outputs = torch.empty(0, self.job.config.model.num_classes)
+        rows: list[int] = []
+        for seen in evaluate(model, stream, self.ranks.device, before_step=self._leave_if_asked):
+            outputs = torch.cat([outputs, torch.from_numpy(seen.outputs_K)[None]])
+            rows.append(seen.item.visit.image)
+        all_outputs, all_rows = self.ranks.collect(outputs), self.ranks.collect(torch.tensor(rows))
+        # in the order of the table, so that sums do not depend on the number of ranks
+        order = all_rows.argsort()
+        return self.task.numbers(all_outputs[order], self.job.targets_of_rows[all_rows[order]])

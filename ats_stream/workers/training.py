@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, che
 from ats_stream.workers.metrics import Record, keep_metrics, read_metrics
 from ats_stream.workers.preemption import StopRequest
 from ats_stream.workers.ranks import Alone
+from ats_stream.workers.tasks import TASKS
 from ats_stream.workers.trainer import TrainJob, check_resumable, train_rank
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ats_stream.io import Archive
 
@@ -79,31 +81,46 @@ def train(
 def _job(
     archive: Archive, run: Path, config: RunConfig, cluster: ClusterConfig, storage_options: StorageOptions
 ) -> TrainJob:
-    class_of = {name: number for number, name in enumerate(config.classes)}
-    unknown = sorted({row.label for row in archive.rows} - set(class_of))
-    if unknown:
-        raise ArchiveError(
-            f"{archive.path}: unknown label {unknown[0]!r}; the model knows {list(config.classes)}"
-        )
+    trainer = config.trainer
+    targets = TASKS[trainer.task].targets(archive, config.classes)
+    labels = [int(row[0]) if trainer.task == "classification" else 0 for row in targets]
     rows = {
         split: tuple(i for i, row in enumerate(archive.rows) if row.split == split)
-        for split in (config.trainer.train_split, config.trainer.val_split)
+        for split in (trainer.train_split, trainer.val_split)
     }
-    if not rows[config.trainer.train_split]:
+    train_rows = rows[trainer.train_split]
+    if not train_rows:
         splits = sorted({row.split for row in archive.rows})
-        raise ArchiveError(
-            f"{archive.path}: no row of split {config.trainer.train_split!r}; there are {splits}"
-        )
+        raise ArchiveError(f"{archive.path}: no row of split {trainer.train_split!r}; there are {splits}")
+    by_class = _inverse_frequency(labels, train_rows)
+    visit_weights = {
+        "once": None,
+        "slide-weight": [archive.rows[i].weight for i in train_rows],
+        "class": [by_class[labels[i]] for i in train_rows],
+    }
     return TrainJob(
         run_dir=str(run.absolute()),
         config=config,
         cluster=cluster,
         slides=[str(row.slide) for row in archive.rows],
-        labels=[class_of[row.label] for row in archive.rows],
-        train_rows=rows[config.trainer.train_split],
-        val_rows=rows[config.trainer.val_split],
+        labels=labels,
+        train_rows=train_rows,
+        val_rows=rows[trainer.val_split],
+        targets=targets,
+        loss_weights=[by_class.get(label, 1.0) for label in labels] if trainer.class_weights else None,
+        visit_weights=visit_weights[trainer.visits],
         storage_options=storage_options,
     )
+
+
+def _inverse_frequency(labels: Sequence[int], rows: Sequence[int]) -> dict[int, float]:
+    """Weights of classes that make each count the same, 1 on average over the rows.
+
+    >>> _inverse_frequency([0, 0, 0, 1], [0, 1, 2, 3])
+    {0: 0.6666666666666666, 1: 2.0}
+    """
+    counts = Counter(labels[row] for row in rows)
+    return {label: len(rows) / (len(counts) * count) for label, count in sorted(counts.items())}
 
 
 def _start_step(run: Path, job: TrainJob) -> int:

@@ -239,7 +239,7 @@ def test_a_full_disk_at_a_checkpoint(
     monkeypatch.setattr(Path, "replace", replace)
     failed = run("train", table, "--out", tmp_path / "run", *QUICK)
     assert failed.code == 1
-    assert "step-00000001.pt" in failed.complaint
+    assert "checkpoints/best.pt" in failed.complaint
     assert "No space left on device" in failed.complaint
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

@@ -139,3 +139,54 @@ def test_an_existing_table_is_kept(tmp_path):
     write_archive(tmp_path / "t.csv", [("b", "y", "train")], overwrite=True)
     assert read_archive(tmp_path / "t.csv", check_slides=False)[0].label == "y"
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
+
+
+WITH_MORE = (
+    "slide,label,split,group,weight,time\n"
+    "a.zarr,1,train,p1,2.5,10\nb.zarr,0,val,p2,1,0\nc.zarr,1,train,p1,0.5,3\n"
+)
+
+
+def test_optional_columns_are_read_when_they_are_there(table):
+    archive = read_archive(table(WITH_MORE))
+    assert [(r.group, r.weight, r.time) for r in archive] == [("p1", 2.5, 10), ("p2", 1, 0), ("p1", 0.5, 3)]
+    assert archive.has_groups
+    plain = read_archive(table(GOOD))
+    assert not plain.has_groups
+    assert {(r.group, r.weight, r.time) for r in plain} == {("", 1.0, None)}
+    with pytest.raises(ArchiveError, match=r"table\.csv:1: no column 'patient', the header has slide, "):
+        read_archive(table(GOOD), columns={"group": "patient"})
+
+
+def test_a_group_in_two_splits_is_refused(table):
+    with pytest.raises(ArchiveError, match=r"table\.csv:3: group 'p1' is in split 'val' here and in 'train'"):
+        read_archive(table(WITH_MORE.replace("p2", "p1")))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("weight", "0"), ("weight", "nan"), ("time", "-1"), ("time", "soon"), ("weight", "inf")],
+)
+def test_numbers_that_cannot_be_are_refused(table, column, value):
+    text = f"slide,label,split,{column}\na.zarr,1,train,{value}\n"
+    with pytest.raises(ArchiveError, match=rf"table\.csv:2: {column} must be a number that is .*{value}"):
+        read_archive(table(text))
+
+
+def test_parquet_reads_as_csv_does(table, tmp_path):
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = table(WITH_MORE)
+    pyarrow.parquet.write_table(pyarrow.csv.read_csv(path), tmp_path / "table.parquet")
+    one, other = read_archive(path), read_archive(tmp_path / "table.parquet")
+    assert one.rows == other.rows
+    assert one.classes == other.classes
+
+
+def test_broken_or_absent_parquet_is_refused(tmp_path):
+    with pytest.raises(ArchiveError, match=r"t\.parquet: no such file"):
+        read_archive(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ArchiveError, match=r"t\.parquet: cannot read it"):
+        read_archive(tmp_path / "t.parquet")

@@ -13,6 +13,7 @@ import torch
 from ats_stream.errors import CheckpointError, StorageError
 from ats_stream.workers.checkpoint import (
     FIELDS,
+    FORMAT,
     NUM_KEPT,
     find_checkpoint,
     latest_checkpoint,
@@ -40,7 +41,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     loaded = load_checkpoint(path)
     assert loaded["step"] == 7
     assert torch.equal(loaded.pop("model")["w"], torch.full((300,), 1.5))
-    assert loaded == {**{k: v for k, v in state().items() if k != "model"}, "format": 1, "step": 7}
+    assert loaded == {**{k: v for k, v in state().items() if k != "model"}, "format": FORMAT, "step": 7}
 
 
 def test_the_newest_few_are_kept_in_order_of_steps(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ class Bomb:
 @pytest.mark.parametrize("container", ["torch", "pickle"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, container: str) -> None:
     path, crater = tmp_path / "bomb.pt", tmp_path / "crater"
-    content = {"format": 1, "step": 1, **state(), "config": Bomb(crater)}
+    content = {"format": FORMAT, "step": 1, **state(), "config": Bomb(crater)}
     if container == "torch":
         torch.save(content, path)
     else:
@@ -133,11 +134,14 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, container: str) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "checkpoint format 'list', expected 1"),
-        ({"w": torch.ones(2)}, "checkpoint format None, expected 1"),
-        ({"format": 2, "step": 0}, "checkpoint format 2, expected 1"),
-        ({"format": 1}, "not a whole checkpoint: no step in it"),
-        ({"format": 1, "step": 0, **state(), "versions": 3}, "not a whole checkpoint: no versions in it"),
+        ([1, 2], "checkpoint format 'list', expected 2"),
+        ({"w": torch.ones(2)}, "checkpoint format None, expected 2"),
+        ({"format": 1, "step": 0}, "checkpoint format 1, expected 2"),
+        ({"format": FORMAT}, "not a whole checkpoint: no step in it"),
+        (
+            {"format": FORMAT, "step": 0, **state(), "versions": 3},
+            "not a whole checkpoint: no versions in it",
+        ),
     ],
 )
 def test_files_of_something_else_are_refused(tmp_path: Path, content: Any, message: str) -> None:

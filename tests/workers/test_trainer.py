@@ -136,7 +136,7 @@ def first_step(archive: Archive, run_dir: Path, batch_size: int) -> tuple[dict[s
     config = run_config(batch_size=batch_size, clip_norm=1e9)
     trainer = make_trainer(make_job(archive, run_dir, config))
     sums = trainer.step()
-    return {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, sums
+    return {n: p.grad for n, p in trainer.learner.model.named_parameters() if p.grad is not None}, sums
 
 
 @pytest.mark.parametrize("batch_size", [8, 12])
@@ -201,9 +201,9 @@ def spoil(state: dict[str, Any], kind: str) -> None:
     elif kind == "no tensor":
         state["model"]["head.bias"] = "none"
     elif kind == "no moments":
-        state["optimiser"].pop("state")
+        state["optimiser"]["optimiser"].pop("state")
     elif kind == "no groups":
-        state["optimiser"]["param_groups"] = []
+        state["optimiser"]["optimiser"]["param_groups"] = []
     elif kind == "no version":
         state["versions"] = {}
     elif kind == "versions of nothing":
@@ -275,3 +275,49 @@ def test_it_learns_what_colour_the_class_is_and_where_to_look(tmp_path: Path, la
     # eight images in an epoch, and each draw may miss: what was learned shows in the mean of the last epochs
     assert np.mean([record["loss"] for record in train[-10:]]) < 0.2
     assert np.mean([record["accuracy"] for record in train[-10:]]) > 0.95
+
+
+# --- the best model, and when to stop
+
+
+def with_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Validations that give these accuracies, one after the other."""
+    left = list(scores)
+    monkeypatch.setattr(RankTrainer, "validate", lambda _self: {"loss": 1.0, "accuracy": left.pop(0)})
+
+
+def test_the_best_epoch_is_kept_beside_the_newest(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_scores(monkeypatch, 0.5, 0.9, 0.7, 0.9)
+    train_rank(make_job(archive, tmp_path, run_config(num_epochs=4)), Alone())
+    best = load_checkpoint(tmp_path / "checkpoints" / "best.pt")
+    assert (best["step"], best["best"]) == (4, {"score": 0.9, "step": 4, "worse_epochs": 0})
+    assert (final(tmp_path)["step"], final(tmp_path)["best"]["worse_epochs"]) == (8, 2)
+
+
+def test_training_ends_early_and_stays_ended(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(archive, tmp_path, run_config(num_epochs=9, patience=2))
+    with_scores(monkeypatch, 0.5, 0.4, 0.5)
+    train_rank(job, Alone())
+    assert final(tmp_path)["step"] == 6
+    train_rank(job, Alone())  # there is no score left to give
+    assert final(tmp_path)["step"] == 6
+
+
+def test_weighted_visits_are_resumed_bit_for_bit(archive: Archive, tmp_path: Path) -> None:
+    config = run_config(average_decay=0.5, accumulate=2, schedule="cosine")
+    weights = [1.0, 2, 3, 1, 2, 3, 1]
+    jobs = [make_job(archive, tmp_path / name, config) for name in ("one", "other")]
+    jobs = [dataclasses.replace(job, visit_weights=weights) for job in jobs]
+    train_rank(jobs[0], Alone())
+    first = make_trainer(jobs[1])
+    for _ in range(3):
+        first.totals.add(first.step())
+    first.checkpoint()
+    train_rank(jobs[1], Alone())
+    one, other = final(tmp_path / "one"), final(tmp_path / "other")
+    for part in ("model", "average", "best", "step", "versions"):
+        assert_same_state(one[part], other[part], part)
