@@ -11,9 +11,12 @@ each request after 30 ms.
 Every engine runs in a process of its own, and all take turns at the same patches, which are new in each
 repetition, so that what else the machine does hits all alike. CPU is user and system time of the engine's
 process with all its threads, per patch; wall time is that of the batch, per patch; both are medians (and
-minima) over the repetitions. Bytes are what the process asked of the file system, or of the HTTP server, per
-byte of the patches; memory maps do not show in it. Peak memory is that of the process since it started. All
-engines must give the same pixels: exactly so from zstd, up to the rounding of the decoder from JPEG.
+minima) over the repetitions. Where cores are hyperthreads, a thread beside another takes more CPU time for
+the same work, in every engine; so CPU time is compared at equal numbers of threads: as many as there are
+cores, or one ("1 thread" of ours and of tensorstore, "cuCIM" beside "cuCIM batch"). The first read of ours,
+a warm-up, loads compiled code. Bytes are what the process asked of the file system, or of the HTTP server,
+per byte of the patches; memory maps do not show in it. Peak memory is that of the process since it started.
+All engines must give the same pixels: exactly so from zstd, up to the rounding of the decoder from JPEG.
 
 Peers: pip install "ats-stream[bench]"; then cuCIM, without what it needs for GPUs, as
 pip install --no-deps cucim-cu12 and pip install lazy-loader. What is missing is reported and left out.
@@ -42,12 +45,25 @@ import numpy as np
 import numpy.typing as npt
 import synthetic_slide
 from latency_server import COUNTS
-from machine import describe_machine, versions, warm
+from machine import describe_machine, versions
+from read_cases import (
+    CASES,
+    DELAY_MS,
+    GIGAPIXELS,
+    NUM_PATCHES,
+    OURS,
+    REAL_SLIDES,
+    Case,
+    Contestant,
+    Data,
+    latency_case,
+    local_cases,
+)
 from read_engines import FLOORS, serve
-from synthetic_slide import SITE_PX, SlideConfig
+from synthetic_slide import SlideConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from multiprocessing.connection import Connection
 
 Array = npt.NDArray[Any]
@@ -62,50 +78,10 @@ PEERS = (
     "pyvips-binary",
     "imagecodecs",
 )
-OURS = "ats-stream"
-OURS_1 = "ats-stream, 1 thread"
-NUM_PATCHES = 64
-NUM_HOT_SPOTS = 4
-HOT_SPOT_PX = 500.0  # deviation of the patches around a hot spot
-DELAY_MS = 30.0
-GIGAPIXELS = (1, 10, 100)
-REAL_SLIDES = {
-    "Aperio SVS": "aperio/CMU-1-Small-Region.svs",
-    "JPEG TIFF": "tiff/CMU-1-Small-Region.jpeg.tiff",
-}
 WARM_UPS = 2
 MAX_SECONDS = 40.0  # of one contestant in one case, once it has been measured twice
 
-ZARR = ("tensorstore", "tensorstore, cache of 64 MiB", "zarr-python loop", "zarr-python gather")
-SLIDE = ("cuCIM", "cuCIM batch", "OpenSlide", "OpenSlide, default cache", "libvips")
-CUCIM, OPENSLIDE = ("cuCIM", "cuCIM batch"), ("OpenSlide", "OpenSlide, default cache")
-# a decoder of JPEG may round otherwise, and upsample colours otherwise: mean of the differences, of 255
-JPEG_TOLERANCE = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """An engine at a place, under a name."""
-
-    name: str
-    engine: str
-    place: str
-    draw: Callable[[np.random.Generator], Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is read, and who reads it."""
-
-    name: str
-    what: str
-    size_px: int
-    contestants: tuple[Contestant, ...]
-    tolerance: float = 0.0
-    """Largest mean difference of pixels from the first contestant's; 0 means none at all."""
-    server: str | None = None
-    """Address of the HTTP server behind the places."""
-    with_same_pixels: bool = True
+OPENSLIDE = ("OpenSlide", "OpenSlide, default cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,44 +100,27 @@ def _growth(metric: str) -> Target:
     return Target(case="size", metric=metric, limit=1.1, peers=(small,), ours=big)
 
 
+def _beside(case: str, limit: float, peer: str, peer_1: str, ours: str = OURS) -> list[Target]:
+    """The same bound of CPU time with as many threads as there are cores, and with one on either side."""
+    pairs = ((ours, peer), (f"{ours}, 1 thread", peer_1))
+    return [Target(case=case, metric="cpu_ms", limit=limit, peers=(p,), ours=o) for o, p in pairs]
+
+
 TARGETS = (
-    Target(case="random", metric="cpu_ms", limit=1.1, peers=("tensorstore",)),
+    *_beside("random", 1.1, "tensorstore", "tensorstore, 1 thread"),
     Target(case="random", metric="cpu_ms", limit=0.28, peers=("zarr-python loop",)),
     Target(case="random", metric="wall_ms", limit=0.16, peers=("zarr-python loop",)),
     Target(case="random 100", metric="cpu_ms", limit=0.2, peers=("zarr-python loop",)),
-    Target(case="random 100", metric="cpu_ms", limit=1.25, peers=("tensorstore",)),
-    Target(case="clustered", metric="cpu_ms", limit=0.9, peers=("tensorstore",)),
-    Target(case="jpeg", metric="cpu_ms", limit=1.1, peers=CUCIM),
+    *_beside("random 100", 1.25, "tensorstore", "tensorstore, 1 thread"),
+    *_beside("clustered", 0.9, "tensorstore", "tensorstore, 1 thread"),
+    *_beside("jpeg", 1.1, "cuCIM batch", "cuCIM"),
+    *_beside("jpeg", 1.1, "cuCIM batch", "cuCIM", ours=f"{OURS}, the slide"),
     Target(case="jpeg", metric="cpu_ms", limit=0.5, peers=OPENSLIDE),
     Target(case="latency", metric="wall_ms", limit=0.95, peers=("tensorstore",)),
     Target(case="latency", metric="wall_ms", limit=0.4, peers=("zarr-python gather",)),
     Target(case="latency", metric="wall_ms", limit=0.01, peers=("zarr-python loop",)),
     *(_growth(metric) for metric in ("cpu_ms", "wall_ms", "batch_mib", "peak_mib")),
 )
-
-
-def random_offsets(shape: Sequence[int], size_px: int) -> Callable[[np.random.Generator], Array]:
-    """Patches anywhere inside of the image."""
-    high = [n - size_px + 1 for n in shape]
-    return lambda rng: rng.integers(0, high, (NUM_PATCHES, 2))
-
-
-def clustered_offsets(shape: Sequence[int], size_px: int) -> Callable[[np.random.Generator], Array]:
-    """Patches around a few hot spots, as attention draws them."""
-    high = np.array([n - size_px for n in shape])
-
-    def draw(rng: np.random.Generator) -> Array:
-        centres = rng.integers(0, high + 1, (NUM_HOT_SPOTS, 2))
-        spread = rng.normal(0, HOT_SPOT_PX, (NUM_PATCHES, 2)).round().astype(np.int64)
-        return np.clip(centres[np.arange(NUM_PATCHES) % NUM_HOT_SPOTS] + spread, 0, high)
-
-    return draw
-
-
-def site_offsets(side_px: int, size_px: int) -> Callable[[np.random.Generator], Array]:
-    """One patch inside of each written square; for every image size at the same places in their squares."""
-    first = synthetic_slide.sites(side_px)
-    return lambda rng: first + rng.integers(0, SITE_PX - size_px + 1, first.shape)
 
 
 @dataclass
@@ -336,185 +295,6 @@ def latency_server(folder: Path, delay_ms: float) -> Iterator[str]:
             process.terminate()
 
 
-class Data:
-    """The slide and its stores in a folder, made when they are asked for."""
-
-    def __init__(self, folder: Path, config: SlideConfig, real: Path | None) -> None:
-        self.folder, self.config, self.real = folder / str(config.side_px), config, real
-        self.slide = synthetic_slide.make_slide(self.folder, config)
-
-    def _keep(self, name: str, make: Callable[[Path], None], **parameters: Any) -> Path:
-        made_from = {"version": self.config.version, "seed": self.config.seed, **parameters}
-        path = synthetic_slide.keep(self.folder / name, made_from, make)
-        warm(path)
-        return path
-
-    def zstd(self, chunk_px: int, slide: Path | None = None) -> Path:
-        """Chunks of zstd in shards, of the synthetic slide or of another."""
-        source = slide or self.slide
-        return self._keep(
-            f"{source.stem}-zstd-{chunk_px}.ome.zarr",
-            lambda path: synthetic_slide.write_store(source, path, chunk_px),
-            chunk_px=chunk_px,
-        )
-
-    def jpeg(self) -> Path:
-        """The slide's tiles in shards."""
-        return self._keep(
-            "slide-jpeg.ome.zarr", lambda path: synthetic_slide.write_jpeg_store(self.slide, path)
-        )
-
-    def sparse(self, gigapixels: int) -> Path:
-        """An image of so many gigapixels, mostly absent."""
-        side = sparse_side(gigapixels)
-        return self._keep(
-            f"sparse-{gigapixels}.ome.zarr",
-            lambda path: synthetic_slide.write_sparse_store(path, side, 128, self.config.seed),
-            side_px=side,
-        )
-
-
-def sparse_side(gigapixels: int) -> int:
-    """Side of a square image in pixels."""
-    return math.isqrt(gigapixels * 10**9)
-
-
-def _contestants(
-    names: Sequence[str], place: Path | str, draw: Callable[[np.random.Generator], Array]
-) -> tuple[Contestant, ...]:
-    return tuple(Contestant(name=n, engine=n, place=str(place), draw=draw) for n in names)
-
-
-def random_case(data: Data) -> Case:
-    side = data.config.side_px
-    return Case(
-        name="random",
-        what="64 random patches of 256 x 256, zstd chunks of 128 in shards of 4096, local",
-        size_px=256,
-        contestants=_contestants(
-            (OURS, OURS_1, *ZARR, "dask", "zstd alone"), data.zstd(128), random_offsets((side, side), 256)
-        ),
-    )
-
-
-def random_100_case(data: Data) -> Case:
-    side = data.config.side_px
-    return Case(
-        name="random 100",
-        what="64 random patches of 100 x 100, zstd chunks of 64 in shards of 4096, local",
-        size_px=100,
-        contestants=_contestants(
-            (OURS, OURS_1, *ZARR, "zstd alone"), data.zstd(64), random_offsets((side, side), 100)
-        ),
-    )
-
-
-def clustered_case(data: Data) -> Case:
-    side = data.config.side_px
-    return Case(
-        name="clustered",
-        what="64 patches of 256 x 256 around 4 hot spots, zstd chunks of 128 in shards of 4096, local",
-        size_px=256,
-        contestants=_contestants(
-            (OURS, OURS_1, *ZARR, "zstd alone"), data.zstd(128), clustered_offsets((side, side), 256)
-        ),
-    )
-
-
-def jpeg_case(data: Data) -> Case:
-    side = data.config.side_px
-    draw = random_offsets((side, side), 256)
-    warm(data.slide)
-    in_place = {"ats-stream, the slide": OURS, "ats-stream, the slide, 1 thread": OURS_1}
-    return Case(
-        name="jpeg",
-        what="64 random patches of 256 x 256 of JPEG tiles of 256: ours from shards and from the slide, "
-        "the others from the slide",
-        size_px=256,
-        contestants=(
-            *_contestants((OURS, OURS_1), data.jpeg(), draw),
-            *(
-                Contestant(name=name, engine=engine, place=str(data.slide), draw=draw)
-                for name, engine in in_place.items()
-            ),
-            *_contestants((*SLIDE, "JPEG alone"), data.slide, draw),
-        ),
-        tolerance=JPEG_TOLERANCE,
-    )
-
-
-def real_cases(data: Data) -> list[Case]:
-    """Small real slides, in place, and one of them converted; patches share many of the few tiles."""
-    if data.real is None:
-        return []
-    cases = []
-    for name, place in REAL_SLIDES.items():
-        slide = data.real / place
-        draw = random_offsets(_slide_shape(slide), 256)
-        cases.append(
-            Case(
-                name=f"real {name}",
-                what=f"64 random patches of 256 x 256 of the real slide {slide.name}, in place",
-                size_px=256,
-                contestants=_contestants((OURS, OURS_1, *SLIDE, "JPEG alone"), slide, draw),
-                tolerance=JPEG_TOLERANCE,
-            )
-        )
-    slide = data.real / REAL_SLIDES["Aperio SVS"]
-    draw = random_offsets(_slide_shape(slide), 256)
-    cases.append(
-        Case(
-            name="real zstd",
-            what=f"64 random patches of 256 x 256 of {slide.name}, converted to zstd chunks of 128",
-            size_px=256,
-            contestants=_contestants((OURS, OURS_1, *ZARR, "zstd alone"), data.zstd(128, slide), draw),
-        )
-    )
-    return cases
-
-
-def _slide_shape(slide: Path) -> tuple[int, int]:
-    from ats_stream.io import open_slide
-
-    with open_slide(slide) as source:
-        return source.shape[1], source.shape[2]
-
-
-def latency_case(data: Data, server: str) -> Case:
-    side = data.config.side_px
-    place = f"{server}/{data.zstd(128).name}"
-    return Case(
-        name="latency",
-        what="64 random patches of 256 x 256, zstd chunks of 128 in shards of 4096, "
-        f"HTTP with {DELAY_MS:g} ms per request",
-        size_px=256,
-        contestants=_contestants((OURS, OURS_1, *ZARR), place, random_offsets((side, side), 256)),
-        server=server,
-    )
-
-
-def size_case(data: Data) -> Case:
-    contestants = [
-        Contestant(
-            name=f"{engine}, {n} gigapixels",
-            engine=engine,
-            place=str(data.sparse(n)),
-            draw=site_offsets(sparse_side(n), 256),
-        )
-        for engine in (OURS, "tensorstore")
-        for n in GIGAPIXELS
-    ]
-    return Case(
-        name="size",
-        what="64 patches of 256 x 256 inside of the written chunks of sparse images, one per written square",
-        size_px=256,
-        contestants=tuple(contestants),
-    )
-
-
-CASES = ("random", "random 100", "clustered", "jpeg", "real", "latency", "size")
-
-
 def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:
     """Measure the cases named, printing as they come."""
     result: dict[str, Any] = {
@@ -527,8 +307,6 @@ def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:
         "pixels_differ": [],
     }
     print(json.dumps(result["bytes_per_pixel"]))
-    makers = {"random": random_case, "random 100": random_100_case, "clustered": clustered_case}
-    makers |= {"jpeg": jpeg_case, "size": size_case}
 
     def measure(case: Case) -> None:
         found = run_case(case, repetitions)
@@ -537,14 +315,12 @@ def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:
         result["pixels_differ"] += [f"{case.name}: {name}" for name in differing(case, found)]
 
     for name in names:
-        if name in makers:
-            measure(makers[name](data))
-        elif name == "real":
-            for case in real_cases(data):
-                measure(case)
-        else:
+        if name == "latency":
             with latency_server(data.folder, DELAY_MS) as server:
                 measure(latency_case(data, server))
+            continue
+        for case in local_cases(data, name):
+            measure(case)
     result["load_after"] = [round(n, 1) for n in os.getloadavg()]
     result["targets"] = check_targets(result)
     return result

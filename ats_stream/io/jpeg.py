@@ -113,7 +113,7 @@ class JpegFormat:
                 tables=self.tables,
                 colorspace=self.colorspace_jpeg,
                 outcolorspace=self.colorspace_data,
-                out=_memory_for(height, width, samples),
+                out=memory_for(height, width, samples),
             )
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"jpeg cannot decode {len(data)} bytes: {error}") from error
@@ -139,7 +139,7 @@ class JpegFormat:
         )
 
 
-def _memory_for(height: int, width: int, samples: int) -> npt.NDArray[np.uint8]:
+def memory_for(height: int, width: int, samples: int) -> npt.NDArray[np.uint8]:
     """New memory for pixels (Y, X) or (Y, X, S) that libjpeg-turbo fills fast.
 
     Where rows begin at multiples of 32 bytes, it stores them past the caches, from which they are read next:
