@@ -137,7 +137,7 @@ def encode_block(spec: ArraySpec, block: Array, pool: Executor | None = None) ->
 
 def encode_chunk(spec: ArraySpec, block: Array) -> bytes:
     """Encoded chunk, padded at the edge; empty when every pixel equals the fill value."""
-    if block.flat[0] == spec.fill_value and bool((block == spec.fill_value).all()):
+    if block[(0,) * block.ndim] == spec.fill_value and bool((block == spec.fill_value).all()):
         return b""
     if block.shape != spec.chunk:
         missing = [(0, c - n) for c, n in zip(spec.chunk, block.shape, strict=True)]

@@ -112,7 +112,7 @@ class ChunkCodec:
                     numthreads=1,
                 )
             )
-        return bytes(imagecodecs.zstd_encode(flat, self.level))
+        return _kept.compressor(self.level).compress(flat)
 
 
 def _samples_last(shape: Sequence[int]) -> list[int] | None:
@@ -190,10 +190,17 @@ class ChunkDecoder:
 
 
 class _PerThread(threading.local):
-    """What decoding keeps from chunk to chunk: making a zstd context costs as much as a small chunk."""
+    """What is kept from chunk to chunk: making a zstd context costs as much as a small chunk."""
 
     def __init__(self) -> None:
         self.zstd = zstandard.ZstdDecompressor()
+        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        """Making one for each chunk would take as long as compressing it."""
+        if level not in self._compressors:
+            self._compressors[level] = zstandard.ZstdCompressor(level=level)
+        return self._compressors[level]
 
 
 _kept = _PerThread()

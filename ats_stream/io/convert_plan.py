@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
+import zstandard
 
 from ats_stream.io import ngff
 from ats_stream.io.array_writer import ArraySpec
@@ -129,7 +130,7 @@ class ConvertPlan:
         """SHA-256 over everything that decides the bytes."""
         content = {
             "version": BYTES_VERSION,
-            "imagecodecs": imagecodecs.__version__,
+            "codecs": [imagecodecs.__version__, zstandard.ZSTD_VERSION],
             "levels": [[str(v.kind), v.source_level, v.spec.metadata()] for v in self.levels],
             "attributes": self.attributes,
             "tissue": [self.tissue_level, self.tissue_method],
