@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ats_stream.errors import AtsStreamError, StorageError
 from ats_stream.io.convert_config import ConvertFailure, ConvertSummary
-from ats_stream.io.convert_state import Making
+from ats_stream.io.convert_inputs import is_remote_file
+from ats_stream.io.convert_state import Fetching, Making
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,7 +45,7 @@ class _Run:
     def __init__(self, jobs: list[ConvertJob], executor: Executor, is_strict: bool, bar: Any) -> None:
         self.jobs, self.executor, self.is_strict, self.bar = jobs, executor, is_strict, bar
         self.next_job = 0
-        self.open: dict[int, Making] = {}
+        self.open: dict[int, Making | Fetching] = {}
         self.calls: dict[int, tuple[int, int]] = {}
         """Number of a call in flight -> number of its job, and of the call in it."""
         self.num_calls = 0
@@ -90,11 +91,12 @@ class _Run:
     def _open_next(self) -> None:
         number, job = self.next_job, self.jobs[self.next_job]
         self.next_job += 1
-        making = Making(
-            job,
-            num_threads=job.config.num_threads or self.executor.threads_per_worker,
-            in_process=self.executor.is_in_process,
-        )
+        num_threads = job.config.num_threads or self.executor.threads_per_worker
+        making: Making | Fetching
+        if isinstance(job.source, str) and is_remote_file(job.source):
+            making = Fetching(job, num_threads)
+        else:
+            making = Making(job, num_threads=num_threads, in_process=self.executor.is_in_process)
         try:
             making.start()
         except AtsStreamError as error:
@@ -103,7 +105,7 @@ class _Run:
         self.open[number] = making
         if self.bar is not None:
             self.bar.total = (self.bar.total or 0) + making.num_px
-            self.bar.set_description(making.plan.attributes["ome"]["multiscales"][0]["name"])
+            self.bar.set_description(making.name)
             self.bar.update(making.done_px)
 
     def _wait(self) -> None:

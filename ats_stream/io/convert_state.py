@@ -14,6 +14,7 @@ from ats_stream import __version__
 from ats_stream.errors import TargetExistsError
 from ats_stream.io.convert_calls import BuildCall, Conversion, FinishCall
 from ats_stream.io.convert_config import ConvertConfig, ConvertSummary
+from ats_stream.io.convert_fetch import FetchCall
 from ats_stream.io.convert_setup import make_plan
 from ats_stream.io.manifest import (
     Manifest,
@@ -57,8 +58,60 @@ class ConvertJob:
 
     @property
     def shown(self) -> str:
-        """What messages call the source."""
-        return self.source if isinstance(self.source, str) else self.source.path
+        """What messages call the source, without credentials."""
+        if not isinstance(self.source, str):
+            return self.source.path
+        if "://" not in self.source:
+            return self.source
+        from ats_stream.io.remote import shown
+
+        return shown(self.source)
+
+
+class Fetching:
+    """A pyramid of a slide file behind a URL, which one worker fetches and converts as a whole."""
+
+    num_px = done_px = 0
+
+    def __init__(self, job: ConvertJob, num_threads: int | None) -> None:
+        self.job = job
+        self._num_threads = num_threads
+        self._is_started = False
+        self.error: BaseException | None = None
+        self.summary: ConvertSummary | None = None
+
+    @property
+    def name(self) -> str:
+        """What a progress bar calls it."""
+        return self.job.shown.rpartition("/")[2]
+
+    def start(self) -> None:
+        """Nothing is known before the worker has fetched it."""
+
+    def next_call(self) -> tuple[int, Call] | None:
+        """The one call."""
+        if self._is_started:
+            return None
+        self._is_started = True
+        return 0, FetchCall(self.job, self._num_threads)
+
+    def on_shard(self, shard: Shard, entry: ManifestEntry) -> None:
+        """The worker notes its shards."""
+
+    def on_end(self, _: int, result: Any) -> None:
+        """Its summary, or why there is none."""
+        if isinstance(result, BaseException):
+            self.error = result
+        else:
+            self.summary = result
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the worker has."""
+        return self.summary is not None or self.error is not None
+
+    def close(self, *, discard: bool = False) -> None:
+        """The worker has given everything back."""
 
 
 class Making:
@@ -80,6 +133,11 @@ class Making:
         self.summary: ConvertSummary | None = None
         self._notes: list[str] = []
         self._num_resumed = 0
+
+    @property
+    def name(self) -> str:
+        """What a progress bar calls it."""
+        return self._about[1]
 
     def start(self) -> None:
         """Open the source, plan, and find out what is there already.
