@@ -64,7 +64,7 @@ class AtsStream(Engine):
         super().__init__(source, target)
         from ats_stream.io import ConvertConfig, convert, write_pyramid
 
-        self.config = ConvertConfig(**({"profile": profile} if profile != "lossless" else {}), tissue=False)
+        self.config = ConvertConfig(profile=profile, tissue=False)
         self.convert, self.write_pyramid = convert, write_pyramid
         self._warm_up()
 
