@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -124,6 +125,7 @@ def test_options_for_a_path_are_refused(slide):
     [
         ("shape", [64, 128], r"shape \(64, 128\)"),
         ("shape", [3, 64, 0], "broken array metadata"),
+        ("shape", [3, 64, -5], "broken array metadata"),
         ("shape", "abc", "broken array metadata"),
         ("shape", [3, 16, 16], "level 1 .* is larger than the level before"),
         ("shape", [1, 64, 128], "level 1 is uint8"),
@@ -169,6 +171,22 @@ def test_an_unknown_codec_is_named(slide, place):
 def test_files_that_may_not_be_read(slide, file):
     (slide / file).chmod(0)
     with pytest.raises(SlideError, match="Permission denied") as caught:
+        open_pyramid(slide).read(0)
+    one_line(caught, slide)
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "0/zarr.json", "0/c/0/0/0"])
+def test_files_that_the_system_refuses(slide, file, monkeypatch):
+    """As before, for whoever may read everything."""
+    really = os.open
+
+    def refuse(path, *arguments, **keywords):
+        if str(path).endswith(f"{slide.name}/{file}"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SlideError, match=r"cannot open .*: Permission denied") as caught:
         open_pyramid(slide).read(0)
     one_line(caught, slide)
 

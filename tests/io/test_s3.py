@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import pickle
+import socket
+import threading
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,6 +102,101 @@ def test_wrong_credentials_are_told_without_showing_them(bucket, endpoint, optio
     finally:
         check_credentials_after(10**9)
     assert open_pyramid(f"{bucket}/a.zarr", storage_options=options).read(1).shape == (3, 96, 64)
+
+
+class Between:
+    """A server in front of the one that speaks S3, which passes on all but what ``fault`` spoils."""
+
+    def __init__(self, endpoint):
+        behind = urllib.parse.urlsplit(endpoint)
+        self.requests, self.fault, self._lock = [], lambda path, count: None, threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                with outer._lock:
+                    outer.requests.append(self.path)
+                    fault = outer.fault(self.path, outer.requests.count(self.path))
+                if fault == "busy":
+                    self.answer(503, b"<Error><Code>SlowDown</Code><Message>hush</Message></Error>", {})
+                    return
+                connection = http.client.HTTPConnection(behind.hostname, behind.port, timeout=30)
+                connection.request(self.command, self.path, headers=dict(self.headers))
+                response = connection.getresponse()
+                body = response.read()
+                kept = {k: v for k, v in response.getheaders() if k.lower() in KEPT_HEADERS}
+                self.answer(response.status, body, kept, is_cut=fault == "cut")
+                connection.close()
+
+            do_HEAD = do_GET
+
+            def answer(self, status, body, headers, is_cut=False):
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2] if is_cut else body)
+                if is_cut:
+                    self.wfile.flush()
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+KEPT_HEADERS = {"content-range", "etag", "last-modified", "content-type", "accept-ranges"}
+
+
+@pytest.fixture
+def between(endpoint):
+    one = Between(endpoint)
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_storms_and_cut_connections_are_waited_out(bucket, folder, options, between, fault):
+    plain, offsets = open_pyramid(folder), np.random.default_rng(0).integers(-20, 190, (6, 2))
+    # the first two answers for every object are spoilt
+    between.fault = lambda path, count: fault if count <= 2 else None
+    pyramid = open_pyramid(f"{bucket}/a.zarr", storage_options={**options, "endpoint": between.url})
+    np.testing.assert_array_equal(
+        pyramid.read_patches(0, offsets, (30, 20)), plain.read_patches(0, offsets, (30, 20))
+    )
+    np.testing.assert_array_equal(pyramid.read(0), plain.read(0))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("busy", r"the server answered 503 Service Unavailable \(SlowDown\) \(3 tries\)"),
+        ("cut", r"the connection broke \(3 tries\)"),
+    ],
+)
+def test_a_storm_that_does_not_end_is_one_line(bucket, options, between, fault, says):
+    pyramid = open_pyramid(f"{bucket}/a.zarr", storage_options={**options, "endpoint": between.url})
+    between.fault = lambda path, count: fault if "/c/" in path else None
+    with pytest.raises(SlideError, match=rf"^{bucket}/a\.zarr: level 0: cannot read .*: {says}$") as caught:
+        pyramid.read(0)
+    assert SECRET not in f"{caught.value!r}"
+    assert "hush" not in f"{caught.value!r}"
+    between.fault = lambda path, count: fault if path.endswith("zarr.json") else None
+    with pytest.raises(SlideError, match=rf"^{bucket}/a\.zarr: cannot read zarr\.json: {says}$"):
+        open_pyramid(f"{bucket}/a.zarr", storage_options={**options, "endpoint": between.url})
 
 
 def test_a_private_bucket_without_credentials(bucket, options):

@@ -179,6 +179,57 @@ def test_core_codecs_are_read_directly(tmp_path, picture, cut, shards):
     assert isinstance(pyramid._reader.sources[0], StoreSource)
 
 
+@pytest.mark.filterwarnings("ignore")  # zarr-python warns that these codecs have no specification
+@pytest.mark.parametrize("name", ["LZ4", "Zlib"])
+def test_codecs_named_after_numcodecs_are_read_directly(tmp_path, picture, name):
+    import zarr.codecs.numcodecs
+
+    codec = getattr(zarr.codecs.numcodecs, name)()
+    group = make_store(
+        tmp_path / "a", picture((2, 50, 70), "uint16"), chunks=(1, 16, 16), compressors=[codec]
+    )
+    assert isinstance(compare(tmp_path / "a", group)._reader.sources[0], StoreSource)
+
+
+KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
+
+
+ORDERS = [
+    (axes, single)
+    for axes in ("yx", "cyx", "zyx", "tyx", "czyx", "tcyx", "tzyx", "tczyx")
+    for single in ("", "t", "z", "c", "tz", "tcz")  # axes of length 1
+    if set(single) <= set(axes)
+]
+
+
+@pytest.mark.parametrize("version", ["0.5", "0.4 .", "0.4 /"])
+@pytest.mark.parametrize(("axes", "single"), ORDERS)
+def test_every_order_of_axes(tmp_path, axes, version, single):
+    shape = tuple(
+        1 if a in single else n for a, n in zip("tczyx", (2, 3, 4, 21, 30), strict=True) if a in axes
+    )
+    image = np.random.default_rng(0).integers(0, 2**16, shape, dtype=np.uint16)
+    number, _, separator = version.partition(" ")
+    group = zarr.create_group(str(tmp_path / "a"), zarr_format=2 if separator else 3)
+    keys = {"chunk_key_encoding": {"name": "v2", "separator": separator}} if separator else {}
+    chunks = tuple(min(n, 2 if a in "tcz" else 16) for a, n in zip(axes, shape, strict=True))
+    group.create_array("0", shape=shape, dtype=image.dtype, chunks=chunks, **keys)[:] = image
+    multiscale = {
+        "axes": [{"name": a, "type": KINDS[a]} for a in axes],
+        "datasets": [
+            {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}]}
+        ],
+    }
+    group.attrs.update(
+        {"multiscales": [{**multiscale, "version": "0.4"}]}
+        if separator
+        else {"ome": {"version": number, "multiscales": [multiscale]}}
+    )
+    pyramid = compare(tmp_path / "a", group)
+    assert pyramid.axes == ("c", *(a for a in axes if a != "c" and (a in "yx" or a not in single)))
+    assert isinstance(pyramid._reader.sources[0], StoreSource)
+
+
 @pytest.mark.parametrize("cut", V2_CUTS)
 def test_zarr_v2_is_read_directly(tmp_path, picture, cut):
     image = picture((2, 50, 70), "uint16")
