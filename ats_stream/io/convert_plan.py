@@ -22,11 +22,11 @@ import zstandard
 
 from ats_stream.io import ngff
 from ats_stream.io.array_writer import ArraySpec
+from ats_stream.io.axis_map import AxisMap
 from ats_stream.io.codecs import ChunkCodec
 from ats_stream.io.convert_config import PROFILE_CODECS, ConvertConfig
 from ats_stream.io.convert_layout import block_shapes, level_shapes
 from ats_stream.io.layout import grid_shape
-from ats_stream.io.sources import AxisMap
 from ats_stream.io.tissue import tissue_level
 from ats_stream.io.tissue_method import OTSU
 

@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ats_stream.io import ngff
+from ats_stream.io.axis_map import AxisMap
 from ats_stream.io.documents import Metadata, attributes_of, is_inside
 from ats_stream.io.layout import parse_array_json
 from ats_stream.io.layout_v2 import parse_array_v2
 from ats_stream.io.pyramid import Pyramid
 from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
-from ats_stream.io.sources import AxisMap, ChunkSource, StoreSource
+from ats_stream.io.sources import ChunkSource, StoreSource
 from ats_stream.io.store_error import StoreError
 from ats_stream.io.stored_pictures import StoredPictures
 from ats_stream.io.zarr_source import ZarrSource

@@ -16,7 +16,8 @@ from ats_stream.io.store_error import StoreError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
-    from ats_stream.io.sources import AxisMap, Place
+    from ats_stream.io.axis_map import AxisMap
+    from ats_stream.io.sources import Place
     from ats_stream.io.stores import Store
 
 Array = npt.NDArray[Any]
