@@ -80,36 +80,29 @@ def block_shapes(
     long = [i for i, n in enumerate(shape[1:]) if n > 1]
     if len(long) <= 1:
         chunk, shard = (LINE_CHUNK_PX,) * len(space), (LINE_SHARD_PX,) * len(space)
+    is_free = [axis != "t" for axis in space]
     if chunk_px is not None:
-        chunk = tuple(c if a == "t" else chunk_px for a, c in zip(space, chunk, strict=True))
+        chunk = tuple(chunk_px if free else c for free, c in zip(is_free, chunk, strict=True))
+    elif shard_px is not None:
+        chunk = tuple(_divisor(shard_px, c) if free else c for free, c in zip(is_free, chunk, strict=True))
+    # chunks per side of a shard: fixed along time, along the others at least what makes the side even
+    grid = [1 if c % 2 == 0 else 2 for c in chunk]
+    grid = [g if free else s // c for g, free, s, c in zip(grid, is_free, shard, chunk, strict=True)]
     if shard_px is not None:
-        chunk = tuple(
-            c if a == "t" or chunk_px is not None else _divisor(shard_px, c)
-            for a, c in zip(space, chunk, strict=True)
-        )
-    # multiples of the chunk by powers of two, one for all axes that may shrink
-    floor = [1 if c % 2 == 0 else 2 for c in chunk]
-    grid = [max(f, s // c // f * f) for c, s, f in zip(chunk, shard, floor, strict=True)]
-    if shard_px is not None:
-        grid = [g if a == "t" else shard_px // c for a, g, c in zip(space, grid, chunk, strict=True)]
+        grid = [shard_px // c if free else g for g, free, c in zip(grid, is_free, chunk, strict=True)]
     else:
-        limit, per_px = (
-            (MAX_SHARD_BYTES, float(px_bytes))
-            if shard_bytes is None
-            else (shard_bytes * math.sqrt(2.0) ** len(long), bytes_per_px or float(px_bytes))
-        )
-
-        def num_px() -> int:
-            return math.prod(chunk[i] * grid[i] for i in long)
-
-        if shard_bytes is not None:
-            grid = [g if a == "t" else f for a, g, f in zip(space, grid, floor, strict=True)]
-            while num_px() * per_px * 2 ** len(long) <= limit and num_px() * px_bytes < MAX_SHARD_BYTES:
-                grid = [g if a == "t" else 2 * g for a, g in zip(space, grid, strict=True)]
-        while num_px() * px_bytes > MAX_SHARD_BYTES and any(
-            g > f for a, g, f in zip(space, grid, floor, strict=True) if a != "t"
-        ):
-            grid = [g if a == "t" else max(f, g // 2) for a, g, f in zip(space, grid, floor, strict=True)]
+        free_long = [i for i in long if is_free[i]]
+        while True:
+            larger = [2 * g if free else g for g, free in zip(grid, is_free, strict=True)]
+            num_px = math.prod(chunk[i] * larger[i] for i in long)
+            if shard_bytes is not None:
+                # the nearest size, in ratio
+                fits = num_px * (bytes_per_px or px_bytes) <= shard_bytes * 2 ** (len(free_long) / 2)
+            else:
+                fits = all(chunk[i] * larger[i] <= shard[i] for i in free_long)
+            if not fits or not free_long or num_px * px_bytes > MAX_SHARD_BYTES:
+                break
+            grid = larger
     sides = [(c, c * g) for c, g in zip(chunk, grid, strict=True)]
     flat = [(1, 1) if n == 1 else side for n, side in zip(shape[1:], sides, strict=True)]
     return (shape[0], *(c for c, _ in flat)), (shape[0], *(s for _, s in flat))

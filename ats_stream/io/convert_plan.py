@@ -38,6 +38,10 @@ Place = tuple[int, ...]
 GROUP_SHARDS = 4
 # counts up when the same plan would give other bytes
 BYTES_VERSION = 1
+# bytes that finding tissue takes for each byte of the view, and how many it may take
+VIEW_COPIES = 12
+MAX_VIEW_BYTES = 768 << 20  # 768 MiB
+MAX_LEVELS = 64
 
 
 class Kind(enum.StrEnum):
@@ -328,6 +332,7 @@ def working_memory_bytes(
     be written; or, after that, the view from which the tissue mask is made with its work space.
     """
     item = np.dtype(dtype).itemsize
+    scales = [2.0**i for i in range(MAX_LEVELS)]
     names = tuple(axes) if axes is not None else {3: ("c", "y", "x"), 4: ("c", "z", "y", "x")}[len(shape)]
     shapes = level_shapes(shape, config.coarsest_px, config.levels)
     _, shard = block_shapes(
@@ -341,8 +346,21 @@ def working_memory_bytes(
     blocks = [math.prod(min(s, n) for s, n in zip(shard, v, strict=True)) * item for v in shapes]
     view = 0
     if config.tissue and len(shape) == 3:
-        view = math.prod(shapes[tissue_level(shapes, [2**i for i in range(len(shapes))], (1, 1))]) * item
-    return max(sum(blocks) + 4 * blocks[0], 12 * view)
+        view = math.prod(shapes[view_level(shapes, scales[: len(shapes)], (1, 1), item)]) * item
+    return max(sum(blocks) + 4 * blocks[0], VIEW_COPIES * view)
+
+
+def view_level(
+    shapes: Sequence[Sequence[int]],
+    downsamples: Sequence[float],
+    pixel_size_um: Sequence[float] | None,
+    itemsize: int,
+) -> int:
+    """The level from which the mask of the tissue is made: a coarser one where channels are many."""
+    level = tissue_level(shapes, downsamples, pixel_size_um)
+    while level + 1 < len(shapes) and VIEW_COPIES * math.prod(shapes[level]) * itemsize > MAX_VIEW_BYTES:
+        level += 1
+    return level
 
 
 def group_attributes(

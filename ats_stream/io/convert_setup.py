@@ -13,8 +13,8 @@ from ats_stream.io.convert_plan import (
     LevelPlan,
     build_levels,
     group_attributes,
+    view_level,
 )
-from ats_stream.io.tissue import tissue_level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,8 @@ def make_plan(
     if config.tissue and space == ("y", "x"):
         pair = (sizes[0], sizes[1]) if sizes is not None else None
         shapes = [level.shape for level in levels]
-        looked_at = tissue_level(shapes, [level.downsample[-1] for level in levels], pair)
+        scales = [level.downsample[-1] for level in levels]
+        looked_at = view_level(shapes, scales, pair, source.dtype.itemsize)
     plan = ConvertPlan(
         levels=levels,
         attributes=group_attributes(

@@ -408,4 +408,12 @@ def test_the_bound_of_memory_does_not_grow_with_the_slide():
     config = ConvertConfig()
     bound = working_memory_bytes((3, 200_000, 200_000), "uint8", config)
     assert bound == pytest.approx(working_memory_bytes((3, 100_000, 100_000), "uint8", config), rel=0.3)
-    assert bound < 2 << 30
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 3, 4, 40])
+@pytest.mark.parametrize("side", [1000, 60_000, 200_000, 1_000_000])
+def test_the_bound_of_memory_is_less_than_a_gibibyte(side, channels, dtype):
+    for shape in ((channels, side, side), (channels, side, 4 * side), (channels, 100, 20_000, side)):
+        for profile in ("lossless", "raw"):
+            assert working_memory_bytes(shape, dtype, ConvertConfig(profile=profile)) < 1 << 30
