@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Int = npt.NDArray[np.int64]
-# decoded chunks are copied from here on: the next ones are then decoded into the same, warm memory
-FLUSH_BYTES = 128 << 10  # 128 KiB
 Numbered = tuple[int, RawChunk]
 """A chunk with its number in the plan."""
 
@@ -77,17 +75,11 @@ class Placer:
             return
         frames: list[Numbered] = []
         arrays: list[tuple[int, Array]] = []
-        num_bytes = 0
         for number, raw in chunks:
             if self._zstd is not None and raw.data is not None:
                 frames.append((number, raw))
-                continue
-            arrays.append((number, self._pixels(raw)))
-            num_bytes += arrays[-1][1].nbytes
-            if num_bytes >= FLUSH_BYTES:
-                self._place_arrays(arrays)
-                arrays.clear()
-                num_bytes = 0
+            else:
+                arrays.append((number, self._pixels(raw)))
         if arrays:
             self._place_arrays(arrays)
         if frames:
