@@ -27,6 +27,7 @@ COMMANDS = {
     "preprocess": "convert slides to OME-Zarr pyramids",
     "verify": "verify that pyramids are whole",
     "info": "show what pyramids and slides hold",
+    "plan": "say what a training takes before it runs",
     "train": "train an attention model on an archive of pyramids",
     "predict": "run a trained model over pyramids and draw what it looked at",
     "demo": "convert a real slide, train on large images, write a report",
