@@ -189,7 +189,8 @@ def _check_out_of_job(cwd: Path, out: str) -> None:
     Traceback (most recent call last):
     ats_stream.errors.InputError: --out a: give a job an absolute path, Ray deletes its working directory
     """
-    if any(part.startswith("_ray_pkg_") for part in cwd.parts) and not Path(out).is_absolute():
+    is_safe = "://" in out or Path(out).is_absolute()
+    if any(part.startswith("_ray_pkg_") for part in cwd.parts) and not is_safe:
         raise InputError(f"--out {out}: give a job an absolute path, Ray deletes its working directory")
 
 
