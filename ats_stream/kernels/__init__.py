@@ -6,6 +6,8 @@ numba. This package needs numpy and torch; CuPy is imported only when a CUDA ten
 a CPU tensor is worth it.
 """
 
-from ats_stream.kernels.gather import gather_crops, normalisation
+from ats_stream.kernels.gather import gather_crops, gather_patches
+from ats_stream.kernels.normalise import normalisation
+from ats_stream.kernels.table import ChunkTable
 
-__all__ = ["gather_crops", "normalisation"]
+__all__ = ["ChunkTable", "gather_crops", "gather_patches", "normalisation"]

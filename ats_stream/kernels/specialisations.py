@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +25,27 @@ class Specialisation:
 REGISTER_STEPS = (32, 40, 48, 56, 64, 72, 80, 96, 128, 168, 255)
 """Where the number of warps that fit on a multiprocessor (of 64Ki registers) changes."""
 
-GATHER = tuple(
-    Specialisation(
-        expression=f"gather_crops<{pixels}, {output}>", max_registers=registers, has_wide_stores=True
-    )
-    for pixels, output, registers in (
-        ("unsigned char", "float", 32),
-        ("unsigned char", "bfloat16", 32),
-        ("unsigned char", "float16", 32),
-        ("unsigned short", "float", 32),
-        ("unsigned short", "bfloat16", 32),
-        ("unsigned short", "float16", 40),
-    )
-)
+_PIXELS = ("unsigned char", "unsigned short", "float")
+_OUTPUTS = ("float", "bfloat16", "float16")
+
+
+def _gather() -> Iterator[Specialisation]:
+    for pixels in _PIXELS:
+        for output in _OUTPUTS:
+            types = f"{pixels}, {output}"
+            yield Specialisation(expression=f"gather_crops<{types}>", max_registers=40, has_wide_stores=True)
+            kinds = {"false, PLANAR": 64, "false, LAST": 64}
+            if pixels == "unsigned char":  # three channels, known to the compiler
+                kinds |= {"false, LAST_OF_3": 80, "true, PLANAR": 80, "true, LAST_OF_3": 80}
+            for kind, registers in kinds.items():
+                yield Specialisation(
+                    expression=f"gather_patches<{types}, {kind}>",
+                    max_registers=registers,
+                    has_wide_stores=True,
+                )
+
+
+GATHER = tuple(_gather())
 
 BY_SOURCE: dict[str, tuple[Specialisation, ...]] = {"gather.cu": GATHER}
 """File name of a kernel source -> all that may be launched from it."""

@@ -153,8 +153,9 @@ class FeatureNet(nn.Module):
 
     def forward(self, crops_NCPP: Tensor) -> Tensor:
         """Features (N, F)."""
-        pixels = gather_crops(crops_NCPP, self.scale_C, self.shift_C)
-        features = self.layers(pixels.contiguous(memory_format=torch.channels_last))
+        # in the memory order of the layers
+        pixels = gather_crops(crops_NCPP, self.scale_C, self.shift_C, channels_last=True)
+        features = self.layers(pixels)
         return F.normalize(features, dim=-1) * self.feature_scale
 
 

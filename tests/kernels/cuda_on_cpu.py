@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
-BASE_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+BASE_FLAGS = (
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+)
 FAST_FLAGS = ("-O2",)
 # -O1 keeps every access of the source; with no recovery the first finding ends the process
 SANITIZER_FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

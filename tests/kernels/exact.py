@@ -32,7 +32,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def exact_fma(pixel: int, scale: float, shift: float, dtype: torch.dtype = torch.float32) -> float:
     """The value of the gather: one rounding to float32, one more to ``dtype``."""
-    value = rounded(pixel * Fraction(scale) + Fraction(shift), torch.float32)
+    value = rounded(Fraction(pixel) * Fraction(scale) + Fraction(shift), torch.float32)
     return rounded(Fraction(value), dtype) if np.isfinite(value) else value
 
 

@@ -15,7 +15,9 @@ from gather_cases import CASES, Case
 
 from ats_stream.errors import InputError
 from ats_stream.kernels import gather_crops, normalisation
-from ats_stream.kernels.gather import SPECIALISATIONS
+from ats_stream.kernels.gather_calls import OUTPUT_TYPES
+from ats_stream.kernels.gather_cpu import compiled_path
+from ats_stream.kernels.table import PIXEL_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_exact_arithmetic(case: Case) -> None:
-    crops_NCS, scale_C, shift_C = case.inputs()
-    out_NCS = gather_crops(crops_NCS, scale_C, shift_C, case.output)
-    assert out_NCS.dtype == case.output
-    assert out_NCS.is_contiguous()
-    assert torch.equal(bits(out_NCS), bits(exact_gather(crops_NCS, scale_C, shift_C, case.output)))
+    expected_NCS = exact_gather(*case.inputs(), case.output)
+    for is_compiled in (False, True):
+        with compiled_path(is_compiled):
+            out_NCS = gather_crops(*case.inputs(), case.output)
+        assert out_NCS.dtype == case.output
+        assert out_NCS.is_contiguous()
+        assert torch.equal(bits(out_NCS), bits(expected_NCS)), is_compiled
 
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16], ids=str)
@@ -47,7 +51,9 @@ def test_more_crops_than_the_cpu_path_converts_at_once(shape: tuple[int, ...]) -
     crops_NCS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8))
     scale_C, shift_C = normalisation([0.5, 0.4][: shape[1]], [0.3, 0.2][: shape[1]])
     expected = exact_gather(crops_NCS, scale_C, shift_C, torch.float32)
-    assert torch.equal(gather_crops(crops_NCS, scale_C, shift_C), expected)
+    for is_compiled in (False, True):
+        with compiled_path(is_compiled):
+            assert torch.equal(gather_crops(crops_NCS, scale_C, shift_C), expected)
 
 
 def test_inputs_stay_as_they_are_and_the_default_is_float32() -> None:
@@ -60,7 +66,8 @@ def test_inputs_stay_as_they_are_and_the_default_is_float32() -> None:
 # ---- torch's own checks of an operator ----
 
 
-@pytest.mark.parametrize(("pixels", "output"), SPECIALISATIONS, ids=str)
+@pytest.mark.parametrize("output", OUTPUT_TYPES, ids=str)
+@pytest.mark.parametrize("pixels", PIXEL_TYPES, ids=str)
 def test_opcheck(pixels: torch.dtype, output: torch.dtype) -> None:
     crops_NCS, scale_C, shift_C = Case(pixels=pixels, output=output, shape=(2, 3, 5, 6), start=0).inputs()
     results = torch.library.opcheck(
@@ -95,9 +102,13 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "crops-numpy": ((CROPS.numpy(), SCALE, SCALE), "crops_NCS is a ndarray, expected a torch.Tensor"),
     "scale-float": ((CROPS, 1.0, SCALE), "scale_C is a float"),
     "shift-none": ((CROPS, SCALE, None), "shift_C is a NoneType"),
-    "crops-float": (
-        (CROPS.float(), SCALE, SCALE),
-        "crops_NCS is torch.float32, expected one of torch.uint8, torch.uint16",
+    "crops-float64": (
+        (CROPS.double(), SCALE, SCALE),
+        "crops_NCS is torch.float64, expected one of torch.uint8, torch.uint16, torch.float32",
+    ),
+    "crops-trained": (
+        (CROPS.float().requires_grad_(), SCALE, SCALE),
+        "crops_NCS requires a gradient: the operator has none",
     ),
     "crops-int16": ((CROPS.short(), SCALE, SCALE), "crops_NCS is torch.int16"),
     "crops-bool": ((CROPS.bool(), SCALE, SCALE), "crops_NCS is torch.bool"),
@@ -140,7 +151,10 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
         (CROPS, SCALE.to("meta"), SCALE),
         "scale_C is on meta, expected cpu, where crops_NCS is",
     ),
-    "crops-elsewhere": ((CROPS.to("meta"), SCALE, SCALE), "scale_C is on cpu, expected meta"),
+    "crops-elsewhere": (
+        (CROPS.to("meta"), SCALE, SCALE),
+        "scale_C is on cpu, expected meta, where crops_NCS is",
+    ),
     "scale-trained": (
         (CROPS, torch.ones(3, requires_grad=True), SCALE),
         "requires a gradient, expected constants",
@@ -166,7 +180,9 @@ def test_bad_input_is_refused_in_one_line(name: str) -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["crops-float", "no-crops", "scale-short", "cropped-view", "scale-strided"])
+@pytest.mark.parametrize(
+    "name", ["crops-float64", "no-crops", "scale-short", "cropped-view", "scale-strided"]
+)
 def test_the_operator_itself_checks_too(name: str) -> None:
     args, message = BAD[name]
     with pytest.raises(InputError, match=message):

@@ -1,13 +1,6 @@
-"""gather.cu itself: built with g++ against the CPU path bit for bit, and under sanitizers."""
+"""gather.cu itself: built with g++ against the CPU path bit for bit."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import cuda_on_cpu
 import numpy as np
@@ -18,13 +11,11 @@ from exact import bits
 from gather_cases import CASES, Case
 
 from ats_stream.kernels import gather_crops, specialisations
-from ats_stream.kernels.gather import SPECIALISATIONS, plan_launch
+from ats_stream.kernels.gather_calls import CropsCall
+from ats_stream.kernels.gather_launch import plan_crops
 from ats_stream.kernels.launch import source_text
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-EXPRESSIONS = tuple(SPECIALISATIONS.values())
+EXPRESSIONS = tuple(one.expression for one in specialisations.GATHER)
 GUARD = 64  # bytes before and behind an output that must stay as they were
 
 needs_compiler = pytest.mark.skipif(not cuda_on_cpu.has_compiler(), reason="g++ is not installed")
@@ -47,19 +38,10 @@ def run_kernel(
     memory = torch.full((GUARD + num_bytes + GUARD,), 0xA5, dtype=torch.uint8)
     out_NCS = memory[GUARD : GUARD + num_bytes].view(output).view(crops_NCS.shape)
     assert out_NCS.data_ptr() % 16 == 0
-    launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
+    launch = plan_crops(CropsCall(crops_NCS, scale_C, shift_C, output), out_NCS)
     module.launch(launch.expression, launch.grid, launch.block, launch.args)
     assert bool((memory[:GUARD] == 0xA5).all() & (memory[GUARD + num_bytes :] == 0xA5).all())
     return out_NCS
-
-
-def test_the_specialisations_are_every_pair_of_types() -> None:
-    pairs = {
-        (i, o) for i in (torch.uint8, torch.uint16) for o in (torch.float32, torch.bfloat16, torch.float16)
-    }
-    assert set(SPECIALISATIONS) == pairs
-    assert len(set(EXPRESSIONS)) == len(pairs)
-    assert set(EXPRESSIONS) == {one.expression for one in specialisations.GATHER}
 
 
 def test_the_source_is_ascii_and_includes_nothing() -> None:
@@ -73,7 +55,7 @@ def test_the_source_is_ascii_and_includes_nothing() -> None:
 def test_the_plan_covers_each_plane_within_the_limits_of_cuda(case: Case) -> None:
     crops_NCS, scale_C, shift_C = case.inputs()
     out_NCS = torch.empty(case.shape, dtype=case.output)
-    launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
+    launch = plan_crops(CropsCall(crops_NCS, scale_C, shift_C, case.output), out_NCS)
     (block,) = launch.block
     assert launch.grid[0] == case.shape[0] * case.shape[1]
     assert 1 <= launch.grid[1] <= 65535
@@ -89,7 +71,8 @@ def test_the_plan_covers_each_plane_within_the_limits_of_cuda(case: Case) -> Non
 
 def test_the_plan_stops_at_the_widest_grid() -> None:
     huge = torch.empty(1, 1, 2**30, dtype=torch.uint8, device="meta")
-    launch = plan_launch(huge, huge, huge, torch.empty(huge.shape, device="meta"))
+    call = CropsCall(huge, huge, huge, torch.float32)
+    launch = plan_crops(call, torch.empty(huge.shape, device="meta"))
     assert launch.grid == (1, 65535)
 
 
@@ -110,7 +93,7 @@ def test_a_smaller_grid_gives_the_same(module: CpuModule, grid_y: int) -> None:
     # each thread then strides over several runs, as it does for patches above the limit of the grid
     inputs = Case(pixels=torch.uint8, output=torch.float16, shape=(2, 3, 61, 83), start=0).inputs()
     out_NCS = torch.full(inputs[0].shape, float("nan"), dtype=torch.float16)
-    launch = plan_launch(*inputs, out_NCS)
+    launch = plan_crops(CropsCall(*inputs, torch.float16), out_NCS)
     module.launch(launch.expression, (launch.grid[0], grid_y), (64,), launch.args)
     assert torch.equal(bits(out_NCS), bits(gather_crops(*inputs, torch.float16)))
 
@@ -157,76 +140,3 @@ def test_constants_of_any_size_agree_too(module: CpuModule, output: torch.dtype)
     scale_C, shift_C = torch.from_numpy(scale), torch.from_numpy(shift)
     got = run_kernel(module, crops_NCS, scale_C, shift_C, output)
     assert torch.equal(bits(got), bits(gather_crops(crops_NCS, scale_C, shift_C, output)))
-
-
-# ---- memory ----
-
-
-def asan_job(cases: Sequence[Case], *, missing_bytes: tuple[int, int] = (0, 0)) -> dict[str, Any]:
-    """The launches of ``cases`` as data; the crops and the output may be made too short."""
-    source = source_text("gather.cu")
-    library = cuda_on_cpu.build("gather.cu", source, EXPRESSIONS, cuda_on_cpu.SANITIZER_FLAGS)
-    launches = []
-    for case in cases:
-        crops_NCS, scale_C, shift_C = case.inputs()
-        out_NCS = torch.empty(case.shape, dtype=case.output)
-        launch = plan_launch(crops_NCS, scale_C, shift_C, out_NCS)
-        start = case.start * case.pixels.itemsize
-        buffers = [
-            [start + crops_NCS.nbytes - missing_bytes[0], start],
-            [scale_C.nbytes, 0],
-            [shift_C.nbytes, 0],
-            [out_NCS.nbytes - missing_bytes[1], 0],
-        ]
-        sizes = [int(value) for value in launch.args[len(buffers) :]]
-        launches.append(
-            {
-                "expression": launch.expression,
-                "grid": launch.grid,
-                "block": launch.block,
-                "buffers": buffers,
-                "args": sizes,
-            }
-        )
-    return {"library": str(library), "expressions": EXPRESSIONS, "launches": launches}
-
-
-def run_under_asan(job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": cuda_on_cpu.asan_runtime(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaves memory to the system at its end
-    }
-    command = [sys.executable, str(Path(__file__).with_name("asan_main.py"))]
-    return subprocess.run(
-        command,
-        input=json.dumps(job),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-
-
-@needs_compiler
-def test_no_access_out_of_bounds_or_misaligned() -> None:
-    done = run_under_asan(asan_job(CASES))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == str(len(CASES))
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("missing_bytes", "access"), [((1, 0), "READ"), ((0, 1), "WRITE")], ids=["crops", "output"]
-)
-@pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 17)], ids=["whole runs", "single stores"])
-def test_the_sanitizer_does_see_one_missing_byte(
-    shape: tuple[int, ...], missing_bytes: tuple[int, int], access: str
-) -> None:
-    case = Case(pixels=torch.uint8, output=torch.bfloat16, shape=shape, start=0)
-    done = run_under_asan(asan_job([case], missing_bytes=missing_bytes))
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
-    assert f"{access} of size" in done.stderr
-    assert "gather.cu" in done.stderr

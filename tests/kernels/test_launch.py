@@ -13,7 +13,8 @@ from cuda_on_cpu import CpuModule
 from gather_cases import CASES, Case
 
 from ats_stream.errors import InputError
-from ats_stream.kernels import gather, gather_crops, launch
+from ats_stream.kernels import gather, gather_crops, gather_launch, launch
+from ats_stream.kernels.gather_calls import CropsCall
 from ats_stream.kernels.launch import require_cupy, source_text
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def launch_as_on_device(case: Case, index: int) -> tuple[torch.Tensor, torch.Ten
     """The output through the plan and the launcher of the CUDA path, and that of the CPU path."""
     inputs = case.inputs()
     out_NCS = torch.empty(case.shape, dtype=case.output)
-    launch.launch_on_current_stream(gather.plan_launch(*inputs, out_NCS), torch.device("cuda", index))
+    plan = gather_launch.plan_crops(CropsCall(*inputs, case.output), out_NCS)
+    launch.launch_on_current_stream(plan, torch.device("cuda", index))
     return out_NCS, gather_crops(*inputs, case.output)
 
 

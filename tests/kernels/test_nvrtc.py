@@ -55,13 +55,14 @@ def test_every_specialisation_fits_its_registers_and_keeps_its_wide_stores(
 
 
 @pytest.mark.parametrize("source", BY_SOURCE)
-def test_the_bounds_are_the_least_step_of_occupancy_that_fits(jobs: Jobs, source: str) -> None:
+def test_the_bounds_are_near_what_is_needed(jobs: Jobs, source: str) -> None:
     # a bound that no architecture comes near would let a kernel grow unseen
     for one in BY_SOURCE[source]:
         most = max(
             jobs[source, architecture].result()[one.expression].registers for architecture in ARCHITECTURES
         )
-        assert one.max_registers == min(step for step in REGISTER_STEPS if step >= most), one.expression
+        # the least step of occupancy that fits, or the one above it, which a family of kernels may share
+        assert one.max_registers in [step for step in REGISTER_STEPS if step >= most][:2], one.expression
 
 
 # ---- the instrument itself ----

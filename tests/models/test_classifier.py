@@ -284,8 +284,8 @@ def test_a_batch_moves_whole() -> None:
 def test_crops_of_other_types_are_refused() -> None:
     model = make_model()
     batch = one_image(model, 0)
-    with pytest.raises(InputError, match=r"crops_NCS is torch\.float32"):
-        model(dataclasses.replace(batch, crops_BNCPP=batch.crops_BNCPP.float()))
+    with pytest.raises(InputError, match=r"crops_NCS is torch\.float64"):
+        model(dataclasses.replace(batch, crops_BNCPP=batch.crops_BNCPP.double()))
 
 
 @pytest.mark.parametrize(
