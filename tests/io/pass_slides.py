@@ -72,6 +72,16 @@ def write_tiff(path, image_CYX, *, side=64, levels=2, space="YCBCR", subsampling
     return path
 
 
+def write_mixed(path, image_CYX):
+    """A tiled TIFF of three levels, of which the second is not JPEG."""
+    with tifffile.TiffWriter(path) as writer:
+        for level, compression in enumerate(["jpeg", "adobe_deflate", "jpeg"]):
+            pixels = np.ascontiguousarray(image_CYX[:, :: 2**level, :: 2**level].transpose(1, 2, 0))
+            writer.write(pixels, tile=(64, 64), compression=compression, photometric="rgb",
+                         subfiletype=int(level > 0), metadata=None)  # fmt: skip
+    return path
+
+
 def write_philips(path, image_CYX, *, side=64, levels=3, missing=()):
     """A Philips TIFF: levels of whole tiles, some of them not stored in the finest one."""
     pixels = image_CYX.transpose(1, 2, 0)

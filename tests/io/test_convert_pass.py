@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from pass_slides import write_dicom, write_philips, write_tiff
+from pass_slides import write_dicom, write_mixed, write_philips, write_tiff
 
 from ats_stream.errors import SlideError, StorageError
 from ats_stream.io import ConvertConfig, array_writer, convert, open_pyramid, verify
@@ -151,13 +151,7 @@ def test_what_cannot_pass_is_decoded_and_the_summary_says_why(test_data, tmp_pat
 
 
 def test_levels_that_cannot_pass_are_left_out(tmp_path, picture):
-    image = picture((3, 600, 600))
-    slide = tmp_path / "a.tif"
-    with tifffile.TiffWriter(slide) as writer:
-        for level, compression in enumerate(["jpeg", "adobe_deflate", "jpeg"]):
-            pixels = np.ascontiguousarray(image[:, :: 2**level, :: 2**level].transpose(1, 2, 0))
-            writer.write(pixels, tile=(64, 64), compression=compression, photometric="rgb",
-                         subfiletype=int(level > 0), metadata=None)  # fmt: skip
+    slide = write_mixed(tmp_path / "a.tif", picture((3, 600, 600)))
     summary = run(slide, tmp_path / "a.ome.zarr", coarsest_px=100)
     assert summary.notes == (
         "levels 0, 2 of the slide copied as stored",
