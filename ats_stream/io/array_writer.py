@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 _MAX_PARTS = 1024
 
 
-def write_parts(path: Path, parts: Iterable[bytes]) -> int:
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """Write the parts to a file one after another, many with one call; return the bytes written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = [part for part in parts if part]

@@ -98,16 +98,19 @@ class ShardBuilder:
 
     def _copy(self, shard: Shard) -> ManifestEntry:
         """Store the tiles of a shard as they lie in the slide."""
-        from ats_stream.io.passthrough import read_shard
+        from ats_stream.io.passthrough import shard_parts
 
         level = self.plan.levels[shard.level]
         tiles = self._tiles[level.source_level]
-        chunks = read_shard(tiles, level.spec, level.stored_place(shard.place), level.source_level)
-        return self._store(shard, chunks)
+        place = level.stored_place(shard.place)
+        return self._put(shard, shard_parts(tiles, level.spec, place, level.source_level))
 
     def _store(self, shard: Shard, chunks: Mapping[tuple[int, ...], bytes]) -> ManifestEntry:
-        key, spec = self.plan.key(shard), self.plan.levels[shard.level].spec
-        parts = encode_shard_parts(chunks, spec.grid) if chunks else []
+        grid = self.plan.levels[shard.level].spec.grid
+        return self._put(shard, encode_shard_parts(chunks, grid) if chunks else [])
+
+    def _put(self, shard: Shard, parts: Sequence[Any]) -> ManifestEntry:
+        key = self.plan.key(shard)
         if parts:
             self.target.put(key, parts)
         return entry_of(key, parts)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ats_stream.io.stores import Store
 
 FORMAT = 1
+_COPY_BYTES = 128 << 10  # 128 KiB
 SUFFIX = ".manifest.jsonl"
 # a line takes about a hundred bytes: ten million objects
 MAX_MANIFEST_BYTES = 1 << 30
@@ -93,7 +94,10 @@ def entry_of(key: str, parts: Iterable[Any]) -> ManifestEntry:
     """
     checksum, nbytes = 0, 0
     for part in parts:
-        checksum = google_crc32c.extend(checksum, part)
+        # of views the library takes none; small copies stay in the caches
+        step = len(part) if isinstance(part, bytes) else _COPY_BYTES
+        for begin in range(0, len(part), step or 1):
+            checksum = google_crc32c.extend(checksum, bytes(part[begin : begin + step]))
         nbytes += len(part)
     return ManifestEntry(key=key, nbytes=nbytes, crc32c=f"{checksum:08x}" if nbytes else None)
 

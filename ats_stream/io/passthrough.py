@@ -22,6 +22,7 @@ from ats_stream.io.layout import grid_shape
 from ats_stream.io.openslide_source import OpenSlideLevel
 from ats_stream.io.parts import FileParts, file_stamp
 from ats_stream.io.pyramid_info import axis_downsample
+from ats_stream.io.shard import shard_tail
 from ats_stream.io.sources import ChunkError
 from ats_stream.io.stored_tiles import StoredTiles, tile_name
 from ats_stream.io.tile_source import JPEG, TiffLevel
@@ -81,13 +82,28 @@ def read_shard(tiles: StoredTiles, spec: ArraySpec, place: Place, level: int) ->
 
     Raises SlideError when the slide changed, is damaged, or has a tile that must not be copied.
     """
-    start = tuple(p * g for p, g in zip(place, spec.grid, strict=True))
-    ends = grid_shape(spec.shape, spec.chunk)
-    stop = tuple(min(a + g, n) for a, g, n in zip(start, spec.grid, ends, strict=True))
     try:
-        return tiles.read(start, stop)
+        return tiles.read(*_box(spec, place))
     except ChunkError as error:
         raise SlideError(tiles.path, f"level {level}: {error}") from error
+
+
+def shard_parts(tiles: StoredTiles, spec: ArraySpec, place: Place, level: int) -> list[bytes | memoryview]:
+    """The same as a shard, in pieces that are larger than chunks where tiles follow each other in the slide;
+    none when no chunk is there.
+    """
+    try:
+        inner, nbytes, pieces = tiles.read_joined(*_box(spec, place))
+    except ChunkError as error:
+        raise SlideError(tiles.path, f"level {level}: {error}") from error
+    return [*pieces, *shard_tail(inner, nbytes, spec.grid)] if pieces else []
+
+
+def _box(spec: ArraySpec, place: Place) -> tuple[Place, Place]:
+    """First chunk of a shard and the one after its last, cut off at the edge."""
+    start = tuple(p * g for p, g in zip(place, spec.grid, strict=True))
+    ends = grid_shape(spec.shape, spec.chunk)
+    return start, tuple(min(a + g, n) for a, g, n in zip(start, spec.grid, ends, strict=True))
 
 
 def passable(parts: FileParts) -> str | None:

@@ -31,18 +31,26 @@ def encode_shard_parts(chunks: Mapping[tuple[int, ...], bytes], grid: Sequence[i
     """The pieces that, one after another, are the shard; saves a copy against :func:`encode_shard`."""
     places = sorted(chunks)
     parts = [chunks[place] for place in places]
+    for place in places:
+        if len(place) != len(grid):
+            raise ValueError(f"chunk {place} lies outside the shard's grid {tuple(grid)}")
+    place_KD = np.array(places, np.int64).reshape(-1, len(grid))
+    return [*parts, *shard_tail(place_KD, [len(part) for part in parts], grid)]
+
+
+def shard_tail(
+    place_KD: npt.NDArray[np.int64], nbytes_K: npt.ArrayLike, grid: Sequence[int]
+) -> tuple[bytes, bytes]:
+    """The index of a shard whose chunks lie one after another at these places, and its crc32c."""
+    outside = np.flatnonzero(((place_KD < 0) | (place_KD >= np.array(grid))).any(axis=1))
+    if len(outside):
+        place = tuple(place_KD[outside[0]].tolist())
+        raise ValueError(f"chunk {place} lies outside the shard's grid {tuple(grid)}")
     index = np.full((*grid, 2), ABSENT, dtype="<u8")
-    outside = [place for place in places if len(place) != len(grid)]
-    if places and not outside:
-        place_KD = np.array(places)
-        outside = [places[k] for k in np.flatnonzero(((place_KD < 0) | (place_KD >= grid)).any(axis=1))]
-    if outside:
-        raise ValueError(f"chunk {outside[0]} lies outside the shard's grid {tuple(grid)}")
-    if places:
-        sizes = np.array([len(part) for part in parts], np.uint64)
-        index[tuple(place_KD.T)] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=-1)
+    sizes = np.asarray(nbytes_K, np.uint64)
+    index[tuple(place_KD.T)] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=-1)
     index_bytes = index.tobytes()
-    return [*parts, index_bytes, struct.pack("<I", google_crc32c.value(index_bytes))]
+    return index_bytes, struct.pack("<I", google_crc32c.value(index_bytes))
 
 
 def encode_shard(chunks: Mapping[tuple[int, ...], bytes], grid: Sequence[int]) -> bytes:

@@ -19,7 +19,7 @@ from ats_stream.io.parts import Stamp, check_stamp
 from ats_stream.io.sources import OPEN_FLAGS, ChunkError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ats_stream.io.sources import Place
 
@@ -70,30 +70,58 @@ class StoredTiles:
 
         ChunkError when the file changed or one of them is no tile.
         """
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        inner = np.argwhere(self.nbytes[box] > 0)
-        tiles = self._read(inner + start)
+        inner = self._stored(start, stop)
+        tiles = self._each(inner + start)
         return dict(zip(map(tuple, inner.tolist()), tiles, strict=True))
 
-    def _read(self, places: Array) -> list[bytes]:
+    def read_joined(self, start: Place, stop: Place) -> tuple[Array, Array, list[memoryview]]:
+        """The same tiles as :meth:`read`, in the order of their places: places (K, D) in the box, sizes (K,),
+        and the data, tiles that follow each other in the file in one piece.
+        """
+        inner = self._stored(start, stop)
+        pieces: list[tuple[int, memoryview]] = []
+        for numbers, data, first_N, last_N in self._runs(inner + start):
+            # neighbours both in the box and in the file
+            breaks = (np.diff(numbers) != 1) | (first_N[1:] != last_N[:-1])
+            cuts = np.flatnonzero(breaks) + 1
+            for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True):
+                pieces.append((int(numbers[a]), data[first_N[a] : last_N[b - 1]]))
+        pieces.sort(key=lambda piece: piece[0])
+        return inner, self.nbytes[tuple((inner + start).T)], [data for _, data in pieces]
+
+    def _stored(self, start: Place, stop: Place) -> Array:
+        """Places (K, D), in a box, of the tiles in it that are stored."""
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        return np.argwhere(self.nbytes[box] > 0)
+
+    def _each(self, places: Array) -> list[bytes]:
         """Tiles at these places, all of them stored."""
+        found = [b""] * len(places)
+        for numbers, data, first_N, last_N in self._runs(places):
+            for number, a, b in zip(numbers.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
+                found[number] = bytes(data[a:b])
+        return found
+
+    def _runs(self, places: Array) -> Iterator[tuple[Array, memoryview, Array, Array]]:
+        """Read tiles run by run: their numbers in the order of the file, the data, where each is."""
         at = tuple(places.T)
         offset_N, nbytes_N = self.offset[at].astype(np.int64), self.nbytes[at].astype(np.int64)
         head_bytes = ITEM_BYTES if self.is_dicom else 0
-        found = [b""] * len(places)
+        runs = plan_runs(offset_N - head_bytes, offset_N + nbytes_N, GAP_BYTES)
+        # one piece of memory for all: the system hands out many small ones page by page, each time anew
+        rest = np.empty(sum(end - begin for begin, end, _ in runs), np.uint8).data
         known: dict[bytes, int] = {}
         fd = self._open()
         try:
-            for begin, end, numbers in plan_runs(offset_N - head_bytes, offset_N + nbytes_N, GAP_BYTES):
-                data = _pread(fd, begin, end)
+            for begin, end, numbers in runs:
+                data, rest = rest[: end - begin], rest[end - begin :]
+                _pread(fd, data, begin)
                 first_N = offset_N[numbers] - begin
                 last_N = first_N + nbytes_N[numbers]
                 self._check(data, first_N, last_N, places[numbers], known)
-                for number, a, b in zip(numbers.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
-                    found[number] = data[a:b]
+                yield numbers, data, first_N, last_N
         finally:
             os.close(fd)
-        return found
 
     def _open(self) -> int:
         try:
@@ -109,35 +137,35 @@ class StoredTiles:
         return fd
 
     def _check(
-        self, data: bytes, first_N: Array, last_N: Array, places: Array, known: dict[bytes, int]
+        self, data: memoryview, first_N: Array, last_N: Array, places: Array, known: dict[bytes, int]
     ) -> None:
         """ChunkError unless each range is one whole tile without room for text."""
         marks = _free_marks(data)
         counts = np.searchsorted(marks, last_N) - np.searchsorted(marks, first_N)
-        head = None
+        head = b""
         for i, (a, b, count) in enumerate(
             zip(first_N.tolist(), last_N.tolist(), counts.tolist(), strict=True)
         ):
             try:
                 if self.is_dicom and data[a - ITEM_BYTES : a] != ITEM_TAG + (b - a).to_bytes(4, "little"):
                     raise ValueError("is no single item of the pixel data")
-                if not data.endswith(JPEG_END, a, b) and not data[a:b].rstrip(b"\0").endswith(JPEG_END):
+                end = bytes(data[b - len(JPEG_END) : b])
+                if end != JPEG_END and not bytes(data[a:b]).rstrip(b"\0").endswith(JPEG_END):
                     raise ValueError("does not end as JPEG data must")
                 # heads of neighbours are mostly the same
-                if head is None or not data.startswith(head, a):
-                    head = self._known_head(data, a, b, known)
+                if not head or bytes(data[a : a + len(head)]) != head:
+                    head = self._known_head(bytes(data[a:b]), known)
                 if count != known[head]:
                     raise ValueError("has further segments, which may hold text, behind its head")
             except ValueError as error:
                 raise ChunkError(f"{tile_name(places[i])} {error}") from error
 
-    def _known_head(self, data: bytes, begin: int, end: int, known: dict[bytes, int]) -> bytes:
+    def _known_head(self, tile: bytes, known: dict[bytes, int]) -> bytes:
         """The head of a tile, which is checked and added to the known ones unless it is one of them; each has
         the number of marks of free segments in it.
         """
-        head = next((h for h in known if data.startswith(h, begin)), None)
+        head = next((h for h in known if tile.startswith(h)), None)
         if head is None:
-            tile = data[begin:end]
             head = tile[: self.check_head(tile).nbytes]
             if len(known) == _MAX_KNOWN:
                 known.clear()
@@ -169,7 +197,7 @@ class StoredTiles:
             raise ValueError("no tile has bytes")
         numbers = np.unique(np.linspace(0, len(present) - 1, max_tiles).round().astype(int))
         try:
-            return self.check_head(self._read(present[numbers])[0])
+            return self.check_head(self._each(present[numbers])[0])
         except ChunkError as error:
             raise ValueError(str(error)) from error
 
@@ -187,7 +215,7 @@ def _shown(size: tuple[int, int, int]) -> str:
     return f"{size[0]} x {size[1]} x {size[2]}"
 
 
-def _free_marks(data: bytes) -> Array:
+def _free_marks(data: bytes | memoryview) -> Array:
     """Where markers of segments that programs fill as they like may stand: among compressed pixels there are
     none of these pairs of bytes.
     """
@@ -198,11 +226,12 @@ def _free_marks(data: bytes) -> Array:
     return found
 
 
-def _pread(fd: int, begin: int, end: int) -> bytes:
+def _pread(fd: int, data: memoryview, begin: int) -> None:
+    """Fill memory from a file."""
+    end = begin + len(data)
     try:
-        data = os.pread(fd, end - begin, begin)
+        num_bytes = os.preadv(fd, [data], begin)
     except OSError as error:
         raise ChunkError(f"cannot read bytes {begin} to {end}: {error.strerror}") from error
-    if len(data) != end - begin:
-        raise ChunkError(f"truncated: {len(data)} of {end - begin} bytes from {begin}")
-    return data
+    if num_bytes != len(data):
+        raise ChunkError(f"truncated: {num_bytes} of {len(data)} bytes from {begin}")

@@ -23,7 +23,8 @@ from ats_stream.io.dicom import dicom_levels
 from ats_stream.io.jpeg import JpegFormat
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.pass_layout import ShardSize
-from ats_stream.io.passthrough import passable, plan_pass, read_shard, stored_tiles
+from ats_stream.io.passthrough import passable, plan_pass, read_shard, shard_parts, stored_tiles
+from ats_stream.io.shard import encode_shard_parts
 from ats_stream.io.slide_pyramid import file_parts
 from ats_stream.io.stored_tiles import StoredTiles
 
@@ -63,7 +64,11 @@ def copy(slide, target, shard_bytes=SHARD_BYTES):
         for number, level in enumerate(plan.levels):
             writer = ArrayWriter(target / str(number), str(number), level.spec, pool)
             for place in np.ndindex(*grid_shape(level.spec.shape, level.spec.shard)):
-                writer.write_encoded(place, level.shard(place))
+                chunks = level.shard(place)
+                writer.write_encoded(place, chunks)
+                pieces = shard_parts(level.tiles, level.spec, place, level.level)
+                expected = encode_shard_parts(chunks, level.spec.grid) if chunks else []
+                assert b"".join(pieces) == b"".join(expected)
     return plan
 
 

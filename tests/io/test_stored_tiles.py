@@ -69,8 +69,8 @@ def test_tiles_in_a_row_come_with_one_read(tmp_path, monkeypatch):
     data = [tile(i) for i in range(12)]
     tiles = store(tmp_path / "a", data, (3, 4))
     reads = []
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, n, at: reads.append(n) or pread(fd, n, at))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: reads.append(len(to[0])) or preadv(fd, to, at))
     assert tiles.read((0, 0, 0), (1, 3, 4)) == {(0, *divmod(i, 4)): data[i] for i in range(12)}
     assert reads == [sum(map(len, data))]
     reads.clear()
@@ -78,6 +78,24 @@ def test_tiles_in_a_row_come_with_one_read(tmp_path, monkeypatch):
     assert found == {(0, y, x): data[(y + 1) * 4 + x + 1] for y in range(2) for x in range(2)}
     # two tiles between the rows are less than a page
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("gap", [0, 20, 9000])
+@pytest.mark.parametrize("missing", [(), (5,), (0, 1, 11)])
+def test_joined_tiles_are_the_same(tmp_path, gap, missing):
+    data = [None if i in missing else tile(i) for i in range(12)]
+    tiles = store(tmp_path / "a", data, (3, 4), gap=bytes(gap))
+    swapped = StoredTiles(**{**vars(tiles), "offset": tiles.offset[:, ::-1], "nbytes": tiles.nbytes[:, ::-1]})
+    for one in (tiles, swapped):
+        for start, stop in (((0, 0, 0), (1, 3, 4)), ((0, 1, 1), (1, 3, 3)), ((0, 0, 2), (1, 1, 3))):
+            expected = one.read(start, stop)
+            places, nbytes, pieces = one.read_joined(start, stop)
+            assert list(map(tuple, places.tolist())) == list(expected)
+            assert nbytes.tolist() == [len(d) for d in expected.values()]
+            assert b"".join(pieces) == b"".join(expected.values())
+    if gap == 0 and not missing:
+        assert len(tiles.read_joined((0, 0, 0), (1, 3, 4))[2]) == 1
+        assert len(tiles.read_joined((0, 0, 0), (1, 3, 2))[2]) == 3
 
 
 def test_tiles_out_of_order_shared_far_apart_or_missing(tmp_path):
@@ -169,10 +187,10 @@ def test_reads_that_fail_are_errors(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(ChunkError, match=r"cannot read bytes 4 to \d+: Input/output error"):
         tiles.read((0, 0, 0), (1, 1, 1))
-    monkeypatch.setattr(os, "pread", lambda *_: b"short")
+    monkeypatch.setattr(os, "preadv", lambda *_: 5)
     with pytest.raises(ChunkError, match=r"truncated: 5 of \d+ bytes from 4"):
         tiles.read((0, 0, 0), (1, 1, 1))
     empty = store(tmp_path / "b", [None], (1, 1))
