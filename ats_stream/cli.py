@@ -27,6 +27,7 @@ COMMANDS = {
     "preprocess": "convert slides to OME-Zarr pyramids",
     "verify": "verify that pyramids are whole",
     "info": "show what pyramids and slides hold",
+    "plan": "say what a training takes before it runs",
     "train": "train an attention model on an archive of pyramids",
     "predict": "run a trained model over pyramids and draw what it looked at",
     "demo": "convert a real slide, train on large images, write a report",
@@ -188,7 +189,8 @@ def _check_out_of_job(cwd: Path, out: str) -> None:
     Traceback (most recent call last):
     ats_stream.errors.InputError: --out a: give a job an absolute path, Ray deletes its working directory
     """
-    if any(part.startswith("_ray_pkg_") for part in cwd.parts) and not Path(out).is_absolute():
+    is_safe = "://" in out or Path(out).is_absolute()
+    if any(part.startswith("_ray_pkg_") for part in cwd.parts) and not is_safe:
         raise InputError(f"--out {out}: give a job an absolute path, Ray deletes its working directory")
 
 

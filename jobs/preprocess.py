@@ -1,8 +1,8 @@
 """Convert slides to OME-Zarr pyramids as a Ray job.
 
-ray job submit --working-dir . -- python jobs/preprocess.py /data/a.svs /data/b.svs --out /data/pyramids
+ray job submit --working-dir . -- python jobs/preprocess.py /data/slides --out /data/out --ray --workers 64
 
-Paths are absolute and on storage that the cluster's nodes share; the last line of output is JSON.
+Paths are absolute and on storage that the cluster's nodes share, or URLs; the last line of output is JSON.
 """
 
 import sys

@@ -32,7 +32,7 @@ RESUMABLE = "what is unfinished stays (*.partial): the same command again goes o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream preprocess``."""
-    from ats_stream.commands.options import add_field
+    from ats_stream.commands.options import add_field, add_storage_options
     from ats_stream.io import PROFILES, ConvertConfig
 
     default = ConvertConfig()
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a CSV table with a column 'slide'; a URL of one, or of a prefix",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder or URL that the pyramids go to")
+    add_storage_options(parser)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--skip-existing", action="store_true", help="leave pyramids that exist as they are")
     either.add_argument("--overwrite", action="store_true", help="replace pyramids that exist")
@@ -103,7 +104,7 @@ def _add_number(group: Any, *flags_field_text: str) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Convert the slides, one line each."""
-    from ats_stream.commands.options import check_out, config_from
+    from ats_stream.commands.options import check_out, config_from, storage_options_from
     from ats_stream.io import ConvertConfig, is_done, preprocess, target_path
     from ats_stream.io.convert_inputs import expand_inputs, pixel_sizes
 
@@ -114,10 +115,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.address is not None and not arguments.ray:
         raise InputError("--address needs --ray")
     config = config_from(arguments, ConvertConfig)
-    slides = expand_inputs(arguments.slides, slide_column=arguments.slide_column)
+    options = storage_options_from(arguments).values_for("://")
+    slides = expand_inputs(arguments.slides, slide_column=arguments.slide_column, storage_options=options)
     sizes = pixel_sizes(arguments.pixel_size, slides) if arguments.pixel_size is not None else {}
     # pyramids appear whole, so one that exists is done
-    skipped = [s for s in slides if arguments.skip_existing and is_done(target_path(s, arguments.out))]
+    target_options = options if "://" in arguments.out else None
+    skipped = []
+    if arguments.skip_existing:
+        targets = {slide: target_path(slide, arguments.out) for slide in slides}
+        skipped = [s for s, place in targets.items() if is_done(place, target_options=target_options)]
     results: list[ConvertSummary | ConvertFailure] = []
     with ExitStack() as stack:
         if arguments.ray:
@@ -134,6 +140,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 workers=arguments.workers,
                 on_ray=arguments.ray,
                 is_strict=arguments.strict,
+                storage_options=options,
+                target_options=target_options,
                 configs={slide: replace(config, pixel_size_um=size) for slide, size in sizes.items()},
             ):
                 _tell(result)

@@ -29,6 +29,7 @@ takes every setting from a file, such as that of another run, except those given
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     import argparse
     from typing import Self
 
-    from ats_stream.io import Archive, Level
-    from ats_stream.workers import RunConfig, TrainerConfig
+    from ats_stream.io import Archive, Level, Pyramid, StorageOptions
+    from ats_stream.workers import ClusterConfig, RunConfig, TrainerConfig
     from ats_stream.workers.metrics import Record
 
 USAGE = "ARCHIVE --out RUN [options]"
@@ -45,6 +46,13 @@ USAGE = "ARCHIVE --out RUN [options]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``ats-stream train``."""
+    parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What a run is and where it computes: all that :func:`read_run` reads besides the archive."""
     from ats_stream.commands.config_file import add_config_option
     from ats_stream.commands.options import add_column_options, add_ray_options, add_storage_options
     from ats_stream.commands.train_options import (
@@ -53,8 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_trainer_options,
     )
 
-    parser.add_argument("archive", metavar="ARCHIVE", help="CSV table with columns slide, label, split")
-    parser.add_argument("--out", required=True, metavar="RUN", help="run folder, made or taken up")
     add_config_option(parser)
     add_sampler_options(parser)
     add_model_options(parser)
@@ -64,26 +70,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ray_options(parser, ranks=True)
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, with a line for each epoch."""
+@dataclass(frozen=True, kw_only=True)
+class AskedRun:
+    """A run as the arguments ask for it."""
+
+    archive: Archive
+    first: Pyramid
+    """The first image that is trained on."""
+    config: RunConfig
+    cluster: ClusterConfig
+    storage_options: StorageOptions
+
+
+def read_run(arguments: argparse.Namespace) -> AskedRun:
+    """The archive, and the configurations that the arguments and the first image make."""
     from ats_stream.commands.config_file import apply_config_file
-    from ats_stream.commands.options import (
-        archive_from,
-        check_out,
-        cluster_from,
-        config_from,
-        storage_options_from,
-    )
+    from ats_stream.commands.options import archive_from, cluster_from, config_from, storage_options_from
     from ats_stream.models import ModelConfig
-    from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig, train
-    from ats_stream.workers.checkpoint import latest_checkpoint
-    from ats_stream.workers.preemption import StopRequest
-    from ats_stream.workers.sampler import view_level
+    from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig
     from ats_stream.workers.tasks import TASKS
 
-    stop = StopRequest()
     classes = apply_config_file(arguments)
-    check_out(Path(arguments.out), empty=False)
     # what the options alone decide is checked before any file is opened
     trainer = config_from(arguments, TrainerConfig)
     sampler = config_from(arguments, SamplerConfig)
@@ -102,6 +109,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         max_value=_max_value(full.dtype),
     )
     config = RunConfig(model=model, sampler=sampler, trainer=trainer, classes=outputs)
+    return AskedRun(
+        archive=archive, first=first, config=config, cluster=cluster, storage_options=storage_options
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, with a line for each epoch."""
+    from ats_stream.commands.options import check_out
+    from ats_stream.workers import train
+    from ats_stream.workers.checkpoint import latest_checkpoint
+    from ats_stream.workers.preemption import StopRequest
+    from ats_stream.workers.sampler import view_level
+    from ats_stream.workers.tasks import TASKS
+
+    stop = StopRequest()
+    check_out(Path(arguments.out), empty=False)
+    asked = read_run(arguments)
+    archive, config, first = asked.archive, asked.config, asked.first
+    trainer, sampler = config.trainer, config.sampler
     print(describe(archive, config, view_level(first, sampler.view_downsample)), flush=True)
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
@@ -111,11 +137,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             archive,
             arguments.out,
             config,
-            cluster,
+            asked.cluster,
             on_record=lines.on_record,
             on_step=lines.on_step,
             stop=stop,
-            storage_options=storage_options,
+            storage_options=asked.storage_options,
         )
     name = TASKS[trainer.task].score
     scores = [record[name] for record in result.metrics if record["phase"] == "val"]

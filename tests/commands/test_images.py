@@ -205,3 +205,50 @@ def test_thumbnails_are_shown_where_they_can_be_and_saved_when_asked(
     two = run("info", slide_path, slide_path, "--thumbnail", picture)
     assert two.code == 2
     assert two.complaint.endswith(f"--thumbnail {picture} is one file, got 2 images")
+
+
+def test_pyramids_go_to_an_object_store_and_are_skipped_there(tmp_path: Path, run: Run, s3: Any) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "options.yaml").write_text("".join(f"{k}: {v}\n" for k, v in s3.options.items()))
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "note.txt").write_text("x")
+    bucket = s3.upload(tmp_path / "up", "commands", "other").rpartition("/")[0]
+    words = (
+        "preprocess",
+        tmp_path / "a.png",
+        "--out",
+        bucket,
+        "--storage-options",
+        tmp_path / "options.yaml",
+    )
+    done = run(*words)
+    assert (done.code, done.err) == (0, "")
+    assert open_pyramid(f"{bucket}/a.ome.zarr", storage_options=s3.options).levels[0].shape == (3, 30, 40)
+    assert run(*words, "--skip-existing").code == 0
+    assert "exists already" in run(*words).complaint
+    assert s3.secret not in done.out
+
+
+def test_a_folder_with_a_table_of_pixel_sizes_and_two_workers(tmp_path: Path, run: Run) -> None:
+    for name in "abc":
+        Image.new("RGB", (400, 300), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "sizes.csv").write_text("slide,pixel_size_um\na,0.5\nb.png,0.25\n")
+    done = run(
+        "preprocess",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--pixel-size",
+        tmp_path / "sizes.csv",
+        "--workers",
+        2,
+        "--tile",
+        64,
+        "--profile",
+        "pass",
+    )
+    assert (done.code, done.err) == (0, "")
+    lines = [line for line in done.out.splitlines() if not line.startswith(" ")]
+    assert ["0.5 um/px" in lines[0], "0.25 um/px" in lines[1], "um/px unknown" in lines[2]] == [True] * 3
+    assert done.out.count("decoded and stored losslessly, because not a slide of tiles") == 3
+    assert lines[-1] == "3 of 3 slides converted, 0 failed"

@@ -109,6 +109,24 @@ def test_bioformats2raw_layout(test_data, name, packed):
     compare(packed(path), zarr.open_group(str(path / "0"), mode="r"))
 
 
+def test_a_series_of_bioformats2raw_is_the_image(tmp_path, picture, packed):
+    """The first series of that layout, whose root is no image itself."""
+    image = picture((2, 50, 70), "uint16")
+    root = zarr.create_group(str(tmp_path / "a"), zarr_format=2, attributes={"bioformats2raw.layout": 3})
+    root.create_group("OME")
+    group = root.create_group("0")
+    keys = {"name": "v2", "separator": "/"}
+    array = group.create_array(
+        "0", shape=image.shape, chunks=(1, 16, 16), dtype=">u2", chunk_key_encoding=keys
+    )
+    array[:] = image
+    attributes = ngff.build_image(name="s", axes="cyx", paths=["0"], downsamples=[(1, 1)], pixel_size_um=None)
+    group.attrs.update({"multiscales": [{**attributes["ome"]["multiscales"][0], "version": "0.4"}]})
+    path = packed(tmp_path / "a")
+    np.testing.assert_array_equal(compare(path, group).read(0), image)
+    assert open_pyramid(path).slide == f"{path}/0"
+
+
 @pytest.mark.parametrize(("name", "label"), [("coins_v05", "coins"), ("astronaut_v04", "circles")])
 def test_labels_of_other_tools(test_data, name, label, packed):
     path = test_data / "ngff" / "ome-zarr-py-create" / f"{name}.ome.zarr"

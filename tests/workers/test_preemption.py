@@ -112,6 +112,7 @@ def _leaves(tree: dict[Any, Any], path: tuple[Any, ...] = ()) -> Any:
         yield from _leaves(value, (*path, name)) if isinstance(value, dict) else [((*path, name), value)]
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_question_changes_no_bit(
     archive: Archive, whole: tuple[Path, int], tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_stop_that_comes_after_the_last_step_changes_nothing(
     assert_same_run(result.run_dir, whole[0])
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command_saves_and_exits_75(
     archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
