@@ -10,9 +10,10 @@ an array of ``--array-side`` squared in memory, and 16 slides of ``--slide-side`
 Every engine runs in a process of its own, a new one for each repetition, and all take turns. Importing
 libraries, loading arrays and starting clusters are not measured. MPix are those of level 0; CPU is user and
 system time of the process, its threads and the processes it started (not those of Ray). Peak memory is
-resident memory of the process and those it started, summed, so that what they share counts for each. Numbers
-are medians over the repetitions. Level 0 of every zarr store must be the source's pixels exactly; that of
-libvips, which decodes JPEG in its own way, up to rounding.
+resident memory of the process and those it started, summed, so that what they share counts for each; "of it
+before" is what libraries, and an array, took already. Numbers are medians over the repetitions. Level 0 of
+every zarr store must be the source's pixels exactly; that of libvips, which decodes JPEG in its own way, up
+to rounding.
 
 Peers: pip install "ats-stream[bench]". What is missing is reported and left out.
 """
