@@ -95,6 +95,7 @@ class _Verification:
         self.target, self.shown = target, store.place("").rstrip("/")
         self.on_finding = on_finding
         self.findings: list[Finding] = []
+        self.told: set[Finding] = set()
         self.notes: list[str] = []
         self.manifest: Manifest | None = None
         self.listed: dict[str, int] | None = None
@@ -127,8 +128,9 @@ class _Verification:
         )
 
     def _found(self, finding: Finding) -> None:
-        if finding in self.findings:
+        if finding in self.told:
             return
+        self.told.add(finding)
         self.findings.append(finding)
         if self.on_finding is not None:
             self.on_finding(finding)
