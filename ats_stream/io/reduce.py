@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array = npt.NDArray[Any]
-# below, loading compiled code costs more than it saves
+# below, calling compiled code costs more than it saves
 MIN_COMPILED = 1 << 18
+# loading it takes half a second and 120 MiB: not before numpy has halved so many values, in 50 ms
+LOADED_AFTER = 1 << 25
 # a type that holds the sum of sixteen values of the key
 _SUM_DTYPES = {
     "uint8": np.uint16,
@@ -57,11 +60,28 @@ def _compiled_means(block: Array, out: Array) -> bool:
     is_plain = block.dtype.isnative and block.dtype.name in {*_SUM_DTYPES, "float32", "float64"}
     if block.ndim != 3 or min(block.shape[1:]) < 2 or block.size < MIN_COMPILED or not is_plain:
         return False
+    if not _is_worth_loading(block.size):
+        return False
     code = _compiled_code()
     if code is None:
         return False
     (code.halve_floats if block.dtype.kind == "f" else code.halve_integers)(block, out)
     return True
+
+
+@dataclass
+class _Halved:
+    """What this process has halved; threads may miss some of each other's, which does not matter."""
+
+    num_values: int = 0
+
+
+_halved = _Halved()
+
+
+def _is_worth_loading(num_values: int) -> bool:
+    _halved.num_values += num_values
+    return _halved.num_values >= LOADED_AFTER
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ats_stream.io import reduce
 from ats_stream.io.reduce import block_means, halve, halve_labels, shrink
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32"]
@@ -82,3 +83,29 @@ def test_means_of_blocks_along_any_axes_are_exact(block, factors):
         values = [int(v) for v in block[box].flat]
         expected[place] = round(Fraction(sum(values), len(values)))
     np.testing.assert_array_equal(block_means(block, factors), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"]
+)
+def test_compiled_code_gives_the_bits_of_numpy(monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        block = (rng.normal(size=(2, 37, 50)) * 1e3).astype(kind)
+    else:
+        limits = np.iinfo(kind)
+        block = rng.integers(limits.min, limits.max, (2, 37, 50), kind, endpoint=True)
+    expected = halve(block)
+    monkeypatch.setattr(reduce, "MIN_COMPILED", 0)
+    monkeypatch.setattr(reduce, "LOADED_AFTER", 0)
+    assert reduce._compiled_means(block[:, :36], np.empty((2, 18, 25), kind))
+    np.testing.assert_array_equal(halve(block), expected)
+
+
+def test_compiled_code_is_loaded_for_much_work_alone(monkeypatch):
+    monkeypatch.setattr(reduce, "_halved", reduce._Halved())
+    monkeypatch.setattr(reduce, "LOADED_AFTER", 3 * reduce.MIN_COMPILED)
+    block, out = np.zeros((1, 512, 512), np.uint8), np.ones((1, 256, 256), np.uint8)
+    assert [reduce._compiled_means(block, out) for _ in range(4)] == [False, False, True, True]
+    assert not out.any()
