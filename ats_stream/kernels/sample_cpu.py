@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ats_stream.errors import InputError
 from ats_stream.kernels.arithmetic import NUM_LEVELS
 
 if TYPE_CHECKING:
@@ -29,22 +29,6 @@ _MIN_VALUES_PER_TASK = 1 << 17
 _choice: bool | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arrivals:
-    """The first arrivals of each row over one range of columns, padded with +inf, PADDING_INDEX, -inf."""
-
-    key: Tensor
-    """(B, K) float64, ascending; equal keys by index."""
-    index: Tensor
-    """(B, K) int64."""
-    logit: Tensor
-    """(B, K) float64."""
-    peak: Tensor
-    """(B,) float64, largest of the other logits; -inf if there are none."""
-    levels: Tensor
-    """(B, L) int64, sum of the weights of the others."""
-
-
 @contextmanager
 def compiled_path(is_used: bool) -> Iterator[None]:
     """Force compiled code, or torch, whatever the size: for tests and benchmarks, not for several threads."""
@@ -54,6 +38,11 @@ def compiled_path(is_used: bool) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+def is_torch_forced() -> bool:
+    """Whether torch is to be used whatever the tensor."""
+    return _choice is False
 
 
 def is_compiled(logits_BM: Tensor) -> bool:
@@ -73,15 +62,16 @@ def race_cpu(
     stream_ids_B: Tensor,
     by_logit: bool,
     global_index: Tensor | None,
-) -> list[Arrivals]:
-    """Run the race over columns in as many ranges as there are threads for; to be merged.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the race over columns in as many ranges as there are threads for, and join the ranges.
 
     ``logits_BM`` is any floating point CPU tensor without NaN or +inf. ``by_logit`` ranks by logit, without
-    noise. The arithmetic is that of ats_stream.sampling.race, so the merged result is the same to the bit,
-    whatever the ranges.
+    noise. Returns the fields of :class:`ats_stream.kernels.sample.Arrivals` but the last. The arithmetic is
+    that of ats_stream.sampling.race, so the result is the same to the bit, whatever the ranges.
     """
     code = _numba_code()
-    assert code is not None
+    if code is None:
+        raise InputError("the compiled race on CPU tensors needs numba, which cannot be imported")
     if logits_BM.stride(1) != 1:
         logits_BM = logits_BM.contiguous()
     num_rows, num_positions = logits_BM.shape
@@ -98,21 +88,19 @@ def race_cpu(
 
     num_threads = min(torch.get_num_threads(), max(num_rows * num_positions // _MIN_VALUES_PER_TASK, 1))
     rows, columns = _ranges(num_rows, num_positions, num_threads, code.BLOCK)
-    parts = [
-        Arrivals(
-            key=torch.empty(num_rows, num_kept, dtype=torch.float64),
-            index=torch.empty(num_rows, num_kept, dtype=torch.int64),
-            logit=torch.empty(num_rows, num_kept, dtype=torch.float64),
-            peak=torch.empty(num_rows, dtype=torch.float64),
-            levels=torch.empty(num_rows, NUM_LEVELS, dtype=torch.int64),
-        )
-        for _ in columns
-    ]
+    # T ranges of columns
+    fields = (
+        torch.empty(len(columns), num_rows, num_kept, dtype=torch.float64),
+        torch.empty(len(columns), num_rows, num_kept, dtype=torch.int64),
+        torch.empty(len(columns), num_rows, num_kept, dtype=torch.float64),
+        torch.empty(len(columns), num_rows, dtype=torch.float64),
+        torch.empty(len(columns), num_rows, NUM_LEVELS, dtype=torch.int64),
+    )
+    logs_2B = torch.empty(2, num_rows, dtype=torch.float64)
+    out = [field.numpy() for field in fields]
 
-    def run(task: tuple[range, range, Arrivals]) -> None:
-        row, column, part = task
-        fields = (part.key, part.index, part.logit, part.peak, part.levels)
-        out = [field[row.start : row.stop].numpy() for field in fields]
+    def run(task: tuple[int, range]) -> None:
+        place, row = task
         code.run(
             kind,
             *arrays,
@@ -123,18 +111,23 @@ def race_cpu(
             key,
             by_logit,
             row.start,
-            column.start,
-            column.stop,
-            *out,
+            columns[place].start,
+            columns[place].stop,
+            *(field[place, row.start : row.stop] for field in out),
         )
 
-    tasks = [(row, column, part) for column, part in zip(columns, parts, strict=True) for row in rows]
+    tasks = [(place, row) for place in range(len(columns)) for row in rows]
     if len(tasks) == 1:
         run(tasks[0])
     else:
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(run, tasks))
-    return parts
+    code.join(*out, logs_2B.numpy())
+    # clones where other ranges would be kept alive
+    key_BK, index_BK, logit_BK, peak_B, levels_BL = (
+        field[0].clone() if len(columns) > 1 else field[0] for field in fields
+    )
+    return key_BK, index_BK, logit_BK, peak_B, levels_BL, logs_2B
 
 
 def _ranges(

@@ -2,8 +2,8 @@
 # numba infers types by its own rules
 """The exponential race on the CPU, compiled by numba: one pass over the logits, bit-equal to the torch path.
 
-Imported on first use, because numba takes most of a second. numba's cache looks at this file alone: after a
-change of :mod:`ats_stream.kernels.arithmetic` this file must be touched.
+Imported on first use, because numba takes most of a second. numba's cache looks at the content of this file
+alone, so :data:`ARITHMETIC` tells which content of :mod:`ats_stream.kernels.arithmetic` is compiled in.
 
 Per block of positions that fits the innermost cache:
 
@@ -29,6 +29,7 @@ from numba.extending import intrinsic
 from ats_stream.compiling import cached, jit
 from ats_stream.kernels import arithmetic
 
+ARITHMETIC = "02ef496e2e808dc3"  # the first digits of its SHA-256
 BLOCK = 1024
 NUM_GROUPS = BLOCK // 4 + 1  # a block may begin inside a group
 
@@ -50,6 +51,7 @@ _SQRT_HALF = math.sqrt(0.5)
 _INTEGER = 1.5 * 2.0**52  # added to a number below 2^51, leaves its nearest integer in the low bits
 
 _BITS = arithmetic.LEVEL_BITS
+_SPARE_BITS = arithmetic.SPARE_BITS
 _ROUNDER1, _ROUNDER2, _ROUNDER3 = arithmetic.ROUNDERS
 _REACH = arithmetic.REACH
 _FAR = arithmetic.FAR
@@ -257,7 +259,7 @@ def _add_one(levels, peak, logit):
         return
     if logit < max(peak - _REACH, -_FAR):
         return
-    w = _scaled_exp(logit, np.int64(1023 - _BITS) - np.int64(_unit(peak)) * _BITS)
+    w = _scaled_exp(logit, np.int64(1023 - _BITS - _SPARE_BITS) - np.int64(_unit(peak)) * _BITS)
     for level, rounder in enumerate((_ROUNDER1, _ROUNDER2, _ROUNDER3)):
         rounded = w + rounder
         levels[level] += _bits(rounded) - _bits(rounder)
@@ -300,7 +302,7 @@ def _add_block(levels, peak, x, largest, w):
         for j in range(len(x)):
             _add_one(levels, peak, x[j])
     elif largest >= peak - _REACH:
-        shift = np.int64(1023 - _BITS) - np.int64(_unit(peak)) * _BITS
+        shift = np.int64(1023 - _BITS - _SPARE_BITS) - np.int64(_unit(peak)) * _BITS
         _scaled_exps(x, peak - _REACH, shift, w)
         _add_many(levels, w)
     return peak
@@ -497,3 +499,76 @@ def run(
         heap_index[count:] = _PADDING_INDEX
         heap_logit[count:] = _NEVER
         peaks[row] = peak
+
+
+# Several ranges of columns, and logarithms of sums ----------------------------------------------------------
+
+
+@jit()
+def _log_sum(levels, peak):
+    """Logarithm of a sum: of (high + middle 2^-28 + low 2^-56) / (e^peak / unit), and the peak beside it."""
+    if peak == _NEVER:
+        return _NEVER
+    own = 1.0
+    if not _is_far(peak):
+        own = _scaled_exp(peak, np.int64(1023 - _SPARE_BITS) - np.int64(_unit(peak)) * _BITS)
+    middle = levels[1] + (levels[2] >> _BITS)
+    high = levels[0] + (middle >> _BITS)
+    mask = (np.int64(1) << _BITS) - 1
+    below = ((middle & mask) << _BITS) | (levels[2] & mask)
+    total = float(high) + float(below) * 2.0 ** (-2 * _BITS)
+    return peak + _log(total / own)
+
+
+@jit()
+def _add_any(levels, peak, logit):
+    """Add the weight of a logit that may be above the peak, or nothing; return the peak."""
+    if logit > peak:
+        _raise_peak(levels, peak, logit)
+        peak = logit
+    if logit > _NEVER:
+        _add_one(levels, peak, logit)
+    return peak
+
+
+@cached
+def join(keys, indices, logits, peaks, levels, logs):
+    """Join T ranges (T, rows, K), (T, rows) and (T, rows, 3) into the first; fill ``logs`` (2, rows).
+
+    ``logs`` are the log-sum-exps of all logits, and of those behind the first K - 1 arrivals.
+    """
+    num_ranges, num_rows, num_kept = keys.shape
+    sums = np.zeros(3, np.int64)
+    for row in range(num_rows):
+        key, index, logit = keys[0, row], indices[0, row], logits[0, row]
+        own_levels, peak = levels[0, row], peaks[0, row]
+        for other in range(1, num_ranges):
+            old_key, old_index, old_logit = key.copy(), index.copy(), logit.copy()
+            next_key, next_index, next_logit = keys[other, row], indices[other, row], logits[other, row]
+            a = b = 0
+            for i in range(num_kept):
+                if _is_before(next_key[b], next_index[b], old_key[a], old_index[a]):
+                    key[i], index[i], logit[i] = next_key[b], next_index[b], next_logit[b]
+                    b += 1
+                else:
+                    key[i], index[i], logit[i] = old_key[a], old_index[a], old_logit[a]
+                    a += 1
+            for i in range(a, num_kept):
+                peak = _add_any(own_levels, peak, old_logit[i])
+            for i in range(b, num_kept):
+                peak = _add_any(own_levels, peak, next_logit[i])
+            sums[:] = levels[other, row]
+            other_peak = peaks[other, row]
+            if other_peak > peak:
+                _raise_peak(own_levels, peak, other_peak)
+                peak = other_peak
+            elif other_peak < peak:
+                _raise_peak(sums, other_peak, peak)
+            own_levels += sums
+        peaks[0, row] = peak
+        sums[:] = own_levels
+        peak = _add_any(sums, peak, logit[num_kept - 1])
+        logs[1, row] = _log_sum(sums, peak)
+        for i in range(num_kept - 1):
+            peak = _add_any(sums, peak, logit[i])
+        logs[0, row] = _log_sum(sums, peak)

@@ -47,7 +47,15 @@ def _gather() -> Iterator[Specialisation]:
 
 GATHER = tuple(_gather())
 
-BY_SOURCE: dict[str, tuple[Specialisation, ...]] = {"gather.cu": GATHER}
+SAMPLE = (
+    *(
+        Specialisation(expression=f"sample_race<{logits}>", max_registers=registers, has_wide_stores=False)
+        for logits, registers in (("double", 128), ("float", 80), ("float16", 80), ("bfloat16", 80))
+    ),
+    Specialisation(expression="sample_merge", max_registers=72, has_wide_stores=False),
+)
+
+BY_SOURCE: dict[str, tuple[Specialisation, ...]] = {"gather.cu": GATHER, "sample.cu": SAMPLE}
 """File name of a kernel source -> all that may be launched from it."""
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)

@@ -14,7 +14,7 @@ from ats_stream.errors import InputError
 from ats_stream.kernels.arithmetic import PADDING_INDEX
 from ats_stream.sampling.draw_op import draw_in_graph
 from ats_stream.sampling.drawn import Draw, draw_eagerly, finish_race
-from ats_stream.sampling.philox import Noise
+from ats_stream.sampling.philox import Noise, settled_seed
 from ats_stream.sampling.race import merge_races
 from ats_stream.sampling.weights import check_scheme
 
@@ -29,7 +29,7 @@ def draw(
     *,
     replace: bool = False,
     scheme: str = "murthy",
-    seed: int = 0,
+    seed: int | Tensor = 0,
     stream_ids: Tensor | Sequence[int] | None = None,
     global_index: Tensor | None = None,
     map_shape: Sequence[int] | None = None,
@@ -40,7 +40,8 @@ def draw(
     "des_raj", "murthy", "balanced" or "top"; ``replace=True`` means the first. The noise of a position
     depends on ``seed``, the row's entry of ``stream_ids`` (B integers of 64 bits, by default the row number)
     and its index alone: for the same logits the draw is the same in any batch, row, process and on any
-    device. ``global_index`` (M,) or (B, M) int64 names the positions when the logits are a part of a map,
+    device. ``seed`` is an integer of 64 bits, or a tensor () int64, which is not read on the host if it lies
+    on a GPU. ``global_index`` (M,) or (B, M) int64 names the positions when the logits are a part of a map,
     see :func:`merge_draws`. "balanced" needs ``map_shape``, whose product is M.
 
     Raises InputError (a ValueError) for NaN or +inf logits, for shapes that do not fit, and for a row with
@@ -52,7 +53,7 @@ def draw(
     known = check_scheme("with_replacement" if replace else scheme)
     _check_shape(logits_BM, num_samples)
     streams_B = _stream_ids(stream_ids, len(logits_BM), logits_BM.device)
-    noise = Noise(seed=_check_seed(seed), stream_ids=streams_B)
+    noise = Noise(seed=settled_seed(_check_seed(seed)), stream_ids=streams_B)
     shape: list[int] | None = None
     if known == "balanced":
         if global_index is not None:
@@ -80,8 +81,8 @@ def merge_draws(draws: Sequence[Draw], num_samples: int) -> Draw:
     for tile in draws:
         if tile.race is None:
             raise InputError("draws of scheme 'balanced' cannot be merged")
-        same_noise = tile.noise.seed == first.noise.seed and torch.equal(
-            tile.noise.stream_ids, first.noise.stream_ids
+        same_noise = torch.equal(tile.noise.stream_ids, first.noise.stream_ids) and (
+            int(tile.noise.seed) % (1 << 64) == int(first.noise.seed) % (1 << 64)
         )
         if tile.scheme != first.scheme or not same_noise:
             raise InputError("draws to be merged must share scheme, seed and stream ids")
@@ -107,7 +108,11 @@ def _check_shape(logits_BM: Tensor, num_samples: int) -> None:
         raise InputError(f"num_samples must be an integer of at least 1, got {num_samples!r}")
 
 
-def _check_seed(seed: int) -> int:
+def _check_seed(seed: int | Tensor) -> int | Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim:
+            raise InputError(f"seed must be int64 () as a tensor, got {seed.dtype} {tuple(seed.shape)}")
+        return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
         raise InputError(f"seed must be an integer of 64 bits, got {seed!r}")
     return seed

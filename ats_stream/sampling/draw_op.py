@@ -11,7 +11,7 @@ from torch import Tensor
 from ats_stream.kernels.arithmetic import NUM_LEVELS
 from ats_stream.sampling.drawn import Draw, draw_eagerly
 from ats_stream.sampling.mass import Mass
-from ats_stream.sampling.philox import Noise
+from ats_stream.sampling.philox import Noise, settled_seed
 from ats_stream.sampling.race import Race
 from ats_stream.sampling.weights import Scheme, check_scheme
 
@@ -25,8 +25,8 @@ def draw_in_graph(
     map_shape: list[int] | None,
 ) -> Draw:
     """:func:`ats_stream.sampling.drawn.draw_eagerly` through the operator ``ats_stream::draw``."""
-    signed_seed = (noise.seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    tensors = _draw_op(logits_BM, num_samples, scheme, signed_seed, noise.stream_ids, global_index, map_shape)
+    seed = noise.seed_on(logits_BM.device)
+    tensors = _draw_op(logits_BM, num_samples, scheme, seed, noise.stream_ids, global_index, map_shape)
     return _draw_of(tensors, noise, scheme)
 
 
@@ -40,12 +40,12 @@ def _draw_op(
     logits_BM: Tensor,
     num_samples: int,
     scheme: str,
-    seed: int,
+    seed: Tensor,
     stream_ids: Tensor,
     global_index: Tensor | None,
     map_shape: list[int] | None,
 ) -> _Tensors:
-    noise = Noise(seed=seed, stream_ids=stream_ids)
+    noise = Noise(seed=settled_seed(seed), stream_ids=stream_ids)
     drawn = draw_eagerly(logits_BM, num_samples, check_scheme(scheme), noise, global_index, map_shape)
     common = (drawn.index, drawn.log_prob, drawn.weight, drawn.num_drawn, drawn.log_normaliser)
     if drawn.race is None:
@@ -61,7 +61,7 @@ def _draw_op_fake(
     logits_BM: Tensor,
     num_samples: int,
     scheme: str,
-    seed: int,  # noqa: ARG001  the operator's signature
+    seed: Tensor,  # noqa: ARG001  the operator's signature
     stream_ids: Tensor,  # noqa: ARG001
     global_index: Tensor | None,  # noqa: ARG001
     map_shape: list[int] | None,  # noqa: ARG001

@@ -68,7 +68,6 @@ def draw_eagerly(
     map_shape: list[int] | None,
 ) -> Draw:
     """Draw from logits (B, M) with arguments that fit; InputError for values that cannot be drawn from."""
-    _check_values(logits_BM)
     if scheme == "balanced":
         assert map_shape is not None
         return _finish_balanced(logits_BM, num_samples, noise, tuple(map_shape))
@@ -82,13 +81,12 @@ def draw_eagerly(
 def finish_race(race: Race, num_samples: int, noise: Noise, scheme: Scheme) -> Draw:
     """The draw of N positions from a race of at least N + 1 arrivals."""
     log_normaliser_B = race.log_total
-    chosen = race.keep(num_samples)
+    index_BN, logit_BN = race.index[:, :num_samples], race.logit[:, :num_samples]
     if scheme == "with_replacement":
-        index_BN, logit_BN = _arrivals(chosen, noise)
-    else:
-        index_BN, logit_BN = chosen.index, chosen.logit
+        index_BN, logit_BN = _arrivals(index_BN, logit_BN, noise)
     log_q_BN = logit_BN - log_normaliser_B[:, None]
-    weight_BN = weights_from_logs(log_q_BN, chosen.log_rest - log_normaliser_B, scheme)
+    log_rest_B = race.log_behind(num_samples) - log_normaliser_B
+    weight_BN = weights_from_logs(log_q_BN, log_rest_B, scheme)
     drawn_BN = logit_BN > _NEGATIVE_INFINITY
     return Draw(
         index=index_BN.masked_fill(~drawn_BN, 0),
@@ -102,23 +100,23 @@ def finish_race(race: Race, num_samples: int, noise: Noise, scheme: Scheme) -> D
     )
 
 
-def _arrivals(race: Race, noise: Noise) -> tuple[Tensor, Tensor]:
+def _arrivals(index_BN: Tensor, logit_BN: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """First N arrivals (index, logit) when every position keeps arriving: N draws with replacement.
 
     Arrivals of rate w_i at each position make one Poisson process whose successive marks are independent with
     probabilities w / sum w. Whoever is among its first N arrivals has a first arrival among the N first ones.
     """
-    num_rows, num_draws = race.index.shape
-    arrival_N = torch.arange(num_draws, device=race.index.device)
-    wait_BNN = exponentials(race.index[:, :, None], noise, arrival_N)
+    num_rows, num_draws = index_BN.shape
+    arrival_N = torch.arange(num_draws, device=index_BN.device)
+    wait_BNN = exponentials(index_BN[:, :, None], noise, arrival_N)
     times = [wait_BNN[..., 0]]
     for arrival in range(1, num_draws):  # one by one: a parallel sum would round by device
         times.append(times[-1] + wait_BNN[..., arrival])
-    key_BNN = log(torch.stack(times, dim=-1)) - race.logit[:, :, None]
-    key_BNN = key_BNN.masked_fill(race.logit[:, :, None] == _NEGATIVE_INFINITY, float("inf"))
-    index_BNN = race.index[:, :, None].expand_as(key_BNN)
+    key_BNN = log(torch.stack(times, dim=-1)) - logit_BN[:, :, None]
+    key_BNN = key_BNN.masked_fill(logit_BN[:, :, None] == _NEGATIVE_INFINITY, float("inf"))
+    index_BNN = index_BN[:, :, None].expand_as(key_BNN)
     first_BN = smallest_first(key_BNN.flatten(1), index_BNN.flatten(1))[:, :num_draws]
-    logit_BNN = race.logit[:, :, None].expand_as(key_BNN)
+    logit_BNN = logit_BN[:, :, None].expand_as(key_BNN)
     return index_BNN.reshape(num_rows, -1).gather(1, first_BN), logit_BNN.reshape(num_rows, -1).gather(
         1, first_BN
     )
@@ -138,21 +136,6 @@ def _finish_balanced(logits_BM: Tensor, num_samples: int, noise: Noise, map_shap
         noise=noise,
         inclusion=drawn.inclusion,
     )
-
-
-def _check_values(logits_BM: Tensor) -> None:
-    shape = tuple(logits_BM.shape)
-    largest_B = logits_BM.amax(dim=1)  # NaN wins over everything
-    bad_B = ~(largest_B < float("inf"))
-    if bool(bad_B.any()):
-        row = int(bad_B.nonzero()[0])
-        raise InputError(
-            f"logits {shape}: row {row} contains {float(largest_B[row])}; finite or -inf expected"
-        )
-    empty_B = largest_B == _NEGATIVE_INFINITY
-    if bool(empty_B.any()):
-        row = int(empty_B.nonzero()[0])
-        raise InputError(f"logits {shape}: row {row} has no drawable position, all are -inf")
 
 
 def _check_global_index(global_index: Tensor, logits_BM: Tensor) -> Tensor:

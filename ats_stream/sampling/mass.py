@@ -3,12 +3,13 @@
 Floating point sums depend on their order, so on tiles, batches, threads and devices. Here each weight is
 rounded to a multiple of 2^-84 of a unit and counted in whole numbers, on three levels of 28 bits:
 
-    w / unit = a 2^-28 + b 2^-56 + c 2^-84        a, b, c whole, |a| <= 2^28, |b|, |c| <= 2^27
-    unit = 2^(28 (j + 1)),  j = floor(round(peak / ln 2) / 28)        peak: the largest logit summed
+    w / unit = a 2^-28 + b 2^-56 + c 2^-84        a, b, c whole, |a|, |b|, |c| <= 2^27
+    unit = 2^(28 (j + 1) + 1),  j = floor(round(peak / ln 2) / 28)        peak: the largest logit summed
 
 Whole numbers add up exactly. Units are 28 bits apart, so when the peak rises to the next one, every level
-moves down by one and the last is dropped: what remains is what rounding to the new unit would have given.
-The sum keeps 56 to 84 bits below the largest weight. (The idea of Demmel & Nguyen's reproducible sums, 2015.)
+moves down by one and the last is dropped: what remains is what rounding to the new unit would have given, as
+each level holds a weight rounded to nearest, and a weight is below half its unit. The sum keeps 55 to 83 bits
+below the largest weight. (The idea of Demmel & Nguyen's reproducible sums, 2015.)
 
 Beyond |logit| = 2^30, where float32 logits are 64 apart, only positions that equal the peak count.
 
@@ -22,7 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ats_stream.kernels.arithmetic import FAR, LEVEL_BITS, LOG2_E, NUM_LEVELS, REACH, ROUNDERS
+from ats_stream.kernels.arithmetic import (
+    FAR,
+    LEVEL_BITS,
+    LOG2_E,
+    NUM_LEVELS,
+    REACH,
+    ROUNDERS,
+    SPARE_BITS,
+)
 from ats_stream.sampling.logarithm import exp_parts, log, power_of_two
 
 _NEGATIVE_INFINITY = float("-inf")
@@ -46,7 +55,7 @@ class Mass:
         base_B1 = peak_B.masked_fill(is_far_B, 0.0)[:, None]
         lowest_B1 = (base_B1 - REACH).clamp(min=-FAR)
         factor_BP, exponent_BP = exp_parts(logits_BP.maximum(lowest_B1).minimum(base_B1))
-        exponent_BP.sub_((_unit(base_B1) + 1) * LEVEL_BITS)
+        exponent_BP.sub_((_unit(base_B1) + 1) * LEVEL_BITS + SPARE_BITS)
         weight_BP = factor_BP.mul_(power_of_two(exponent_BP))
         weight_BP.masked_fill_(logits_BP < lowest_B1, 0.0)
         sums = []
@@ -72,7 +81,7 @@ class Mass:
         is_far_B = ~(self.peak.abs() <= FAR)
         base_B = self.peak.masked_fill(is_far_B, 0.0)
         factor_B, exponent_B = exp_parts(base_B)
-        own_B = factor_B * power_of_two(exponent_B - _unit(base_B) * LEVEL_BITS)
+        own_B = factor_B * power_of_two(exponent_B - _unit(base_B) * LEVEL_BITS - SPARE_BITS)
         high_B, middle_B, low_B = self.levels.unbind(dim=1)
         middle_B = middle_B + (low_B >> LEVEL_BITS)
         high_B = high_B + (middle_B >> LEVEL_BITS)

@@ -109,7 +109,7 @@ class SamplePatches(Seeded):
             log_attention_BM.detach(),
             self.n_patches,
             scheme=scheme or self.scheme,
-            seed=int(self.seed),
+            seed=self.seed,
             stream_ids=self.next_streams(len(log_attention_BM), number=number),
             map_shape=map_shape,
         )

@@ -30,7 +30,7 @@ PURPOSE_CURVE = 0xFFFFFFFE
 PURPOSE_OFFSET = 0xFFFFFFF0
 
 
-def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
+def philox4x32(counter: Words, key: tuple[int | Tensor, int | Tensor]) -> Words:
     """Return the four output words of Philox4x32-10 for broadcastable int64 counter words in [0, 2^32).
 
     >>> zero = torch.zeros((), dtype=torch.int64)
@@ -58,10 +58,17 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
 class Noise:
     """The random words of a batch: one seed, one 64-bit stream id per row."""
 
-    seed: int
-    """64-bit key; a negative one stands for its two's complement."""
+    seed: int | Tensor
+    """64-bit key; a negative one stands for its two's complement. A tensor () int64 stays on its device."""
     stream_ids: Tensor
     """(B,) int64; only their bits matter."""
+
+    def seed_on(self, device: torch.device) -> Tensor:
+        """The seed as a tensor () int64 on ``device``."""
+        if isinstance(self.seed, Tensor):
+            return self.seed.to(device)
+        signed = (self.seed + (1 << 63)) % (1 << 64) - (1 << 63)
+        return torch.full((), signed, dtype=torch.int64, device=device)
 
     def words(self, index: Tensor, purpose: int | Tensor) -> Tensor:
         """Words at any positions: ``index`` (P,) or (B, P, ...), broadcasting with ``purpose``."""
@@ -82,7 +89,7 @@ class Noise:
         return words_BP[:, first : first + stop - start]
 
     @property
-    def _key(self) -> tuple[int, int]:
+    def _key(self) -> tuple[int | Tensor, int | Tensor]:
         return self.seed & _MASK, (self.seed >> 32) & _MASK
 
     def _counter(self, group: Tensor, purpose: int | Tensor, batch_dims: int) -> Words:
@@ -90,6 +97,14 @@ class Noise:
         if not isinstance(purpose, Tensor):
             purpose = torch.full((), purpose, dtype=torch.int64, device=stream.device)
         return group, stream & _MASK, (stream >> 32) & _MASK, purpose
+
+
+def settled_seed(seed: int | Tensor) -> int | Tensor:
+    """A seed that stays as it is now: a number, or a copy of a tensor that only a device may read."""
+    if isinstance(seed, Tensor):
+        is_at_hand = seed.device.type == "cpu" and not torch.compiler.is_compiling()
+        return int(seed) if is_at_hand else seed.detach().clone()
+    return seed
 
 
 def unit_from_words(high: Tensor, low: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ Spirakis 2006; the Gumbel-top-k trick in other words). Times are kept as logarit
 
 so no normaliser is needed and tiles of a map merge exactly, and so do the masses of those left behind.
 
-CPU tensors of some size go through compiled code (:mod:`ats_stream.kernels.sample_cpu`), all others through
-torch, which is also what the compiled code is tested against: both give the same bits.
+CPU tensors of some size and CUDA tensors go through the operator of :mod:`ats_stream.kernels.sample`, all
+others through torch, which is also what the operator is tested against: all give the same bits.
 
 Shapes: B rows, M positions, P positions of one block, K arrivals kept.
 """
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ats_stream.errors import InputError
 from ats_stream.kernels.arithmetic import PADDING_INDEX
-from ats_stream.kernels.sample_cpu import is_compiled, race_cpu
+from ats_stream.kernels.sample import is_handled, sample_race
 from ats_stream.sampling.logarithm import log, minus_log1m
 from ats_stream.sampling.mass import Mass
 from ats_stream.sampling.packing import pack_drawable
@@ -53,6 +54,8 @@ class Race:
     """(B, K) float64."""
     rest: Mass
     """The mass of all other positions."""
+    logs: Tensor | None = None
+    """(2, B) float64, where it is known already: ``log_total``, and ``log_behind(K - 1)``."""
 
     @property
     def num_kept(self) -> int:
@@ -67,7 +70,15 @@ class Race:
     @property
     def log_total(self) -> Tensor:
         """(B,) float64: log-sum-exp of the logits of all positions."""
+        if self.logs is not None:
+            return self.logs[0]
         return self.rest.plus(Mass.of(self.logit)).log()
+
+    def log_behind(self, num_kept: int) -> Tensor:
+        """(B,) float64: log-sum-exp of the logits of all positions but the first ``num_kept`` arrivals."""
+        if self.logs is not None and num_kept == self.num_kept - 1:
+            return self.logs[1]
+        return self.keep(num_kept).log_rest
 
     def keep(self, num_kept: int) -> Race:
         """Return the race with only its first ``num_kept`` arrivals; the others join the rest."""
@@ -91,33 +102,40 @@ def run_race(
 ) -> Race:
     """Return the ``num_kept`` first arrivals of each row; ``order="logit"`` ranks by logit without noise.
 
-    ``global_index`` (M,) or (B, M) names the positions; by default they are 0..M-1.
+    ``global_index`` (M,) or (B, M) names the positions; by default they are 0..M-1. Raises InputError for NaN
+    or +inf logits and for a row with no drawable position.
     """
-    if is_compiled(logits_BM):
-        parts = race_cpu(
+    shape = tuple(logits_BM.shape)
+    if is_handled(logits_BM, num_kept):
+        found = sample_race(
             logits_BM,
             num_kept,
-            seed=noise.seed,
+            seed=noise.seed_on(logits_BM.device),
             stream_ids_B=noise.stream_ids,
             by_logit=order == "logit",
             global_index=global_index,
         )
-        races = [
-            Race(
-                key=part.key,
-                index=part.index,
-                logit=part.logit,
-                rest=Mass(peak=part.peak, levels=part.levels),
-            )
-            for part in parts
-        ]
-        return merge_races(races, num_kept)
+        _check_largest(found.largest, shape)
+        rest = Mass(peak=found.peak, levels=found.levels)
+        return Race(key=found.key, index=found.index, logit=found.logit, rest=rest, logs=found.logs)
+    _check_largest(logits_BM.amax(dim=1), shape)  # NaN wins over everything
     best: Race | None = None
     for logits_BP, index in blocks(logits_BM, global_index):
         race = _run_block(logits_BP.double(), index, num_kept, noise, order)
         best = race if best is None else merge_races([best, race], num_kept)
     assert best is not None
     return best
+
+
+def _check_largest(largest_B: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise InputError for rows whose largest logit says that they cannot be drawn from."""
+    largest = largest_B.tolist()  # on CUDA the one time that a draw waits
+    for row, value in enumerate(largest):
+        if not value < float("inf"):
+            raise InputError(f"logits {shape}: row {row} contains {value}; finite or -inf expected")
+    if float("-inf") in largest:
+        row = largest.index(float("-inf"))
+        raise InputError(f"logits {shape}: row {row} has no drawable position, all are -inf")
 
 
 def merge_races(races: list[Race], num_kept: int) -> Race:

@@ -98,7 +98,7 @@ def test_a_draw_is_one_step_of_the_graph(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_operator_keeps_to_its_contract(scheme):
-    arguments = (normal(0, 2, 30), 6, scheme, 5, torch.arange(2), None, [5, 6])
+    arguments = (normal(0, 2, 30), 6, scheme, torch.tensor(5), torch.arange(2), None, [5, 6])
     torch.library.opcheck(torch.ops.ats_stream.draw.default, arguments)
 
 
@@ -120,9 +120,17 @@ class Features(nn.Module):
 def test_a_whole_step_gives_what_it_gives_uncompiled():
     torch.manual_seed(0)
     attention = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), SampleSoftmax(squeeze_channels=True))
-    model = attention_sampling(attention, Features(), 8, 5).eval()
     x_low, x_high = torch.rand(2, 1, 12, 12), torch.rand(2, 1, 96, 96)
-    plain = model(x_low, x_high)
-    # the modules may break the graph where they look at their step counter
-    for one, other in zip(plain, torch.compile(model, backend="aot_eager")(x_low, x_high), strict=True):
-        assert torch.allclose(one, other)
+    # the seed and the step counter are buffers, which the graph reads and advances without looking at them
+    plain, whole = (attention_sampling(attention, Features(), 8, 5, seed=-4) for _ in range(2))
+    whole.load_state_dict(plain.state_dict())
+    step = compiled(whole)
+    for training in (True, True, False):
+        plain.train(training)
+        whole.train(training)
+        for one, other in zip(plain(x_low, x_high), step(x_low, x_high), strict=True):
+            assert torch.allclose(one, other)
+        assert torch.equal(plain.last_draw.index, whole.last_draw.index)
+        assert torch.equal(plain.sampler.step, whole.sampler.step)
+    assert int(whole.sampler.step) == 2
+    assert int(whole.last_draw.noise.seed) == -4

@@ -3,16 +3,18 @@
 Not compared: draws of "balanced", which know no compiled path.
 """
 
+import hashlib
 import itertools
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from ats_stream.kernels import sample_cpu
+from ats_stream.kernels import arithmetic, sample_cpu
 from ats_stream.kernels.sample_cpu import compiled_path
 from ats_stream.sampling import SCHEMES, draw, merge_draws
 
@@ -193,6 +195,11 @@ def test_a_row_has_the_same_bits_in_any_batch():
         alone = both(logits_BM[row : row + 1], 10, stream_ids=[row])
         for name in FIELDS:
             assert torch.equal(bits(getattr(together, name))[row : row + 1], bits(getattr(alone, name))), name
+
+
+def test_compiled_code_is_not_kept_when_its_constants_change():
+    content = Path(arithmetic.__file__).read_bytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == sample_cpu._numba_code().ARITHMETIC
 
 
 def test_small_inputs_do_not_load_numba_and_its_absence_is_no_error():

@@ -1,10 +1,12 @@
+import decimal
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
 import torch
 
-from ats_stream.sampling.logarithm import exp
+from ats_stream.sampling.logarithm import exp, exp_parts
 from ats_stream.sampling.mass import Mass
 
 NEVER = float("-inf")
@@ -27,7 +29,8 @@ def values(name: str, *shape: int) -> torch.Tensor:
 
 def same(one: Mass, other: Mass) -> bool:
     bits = [mass.log().view(torch.int64) for mass in (one, other)]
-    return torch.equal(one.peak, other.peak) and torch.equal(*bits)
+    levels = torch.equal(one.levels, other.levels)
+    return levels and torch.equal(one.peak, other.peak) and torch.equal(*bits)
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -48,6 +51,16 @@ def test_neither_order_nor_pieces_show(name):
     for place in range(1, 400):
         total = total.plus(Mass.of(rising_BP[:, place : place + 1]))
     assert same(total, Mass.of(rising_BP[:, :400]))
+
+
+@pytest.mark.parametrize("unit", [-3, -1, 0, 2])
+def test_weights_next_to_their_unit_sink_as_if_they_had_been_summed_later(unit):
+    # 19 is at the upper end of its unit: three units up, nothing or something would be left of each
+    below_BP = torch.full((1, 100_000), 19.0 + 28 * unit * math.log(2), dtype=torch.float64)
+    for steps in (1, 2, 3, 4):
+        peak_B1 = below_BP[:, :1] + (28 * steps + 0.5) * math.log(2)
+        together = Mass.of(torch.cat([below_BP, peak_B1], dim=1))
+        assert same(Mass.of(below_BP).plus(Mass.of(peak_B1)), together)
 
 
 @pytest.mark.parametrize("name", [name for name in LOGITS if name not in ("beyond", "at the upper end")])
@@ -78,6 +91,14 @@ def test_nothing_weighs_nothing():
     assert one.log().tolist() == [1.25]
     assert same(empty.plus(one), one)
     assert same(one.plus(empty), one)
+
+
+def test_exponentials_of_large_logits_are_as_good():
+    with decimal.localcontext(prec=50):
+        for value in (1e3, -1e6, 12345678.9, 2.0**30 - 0.3, -(2.0**30) - 40):
+            factor, exponent = exp_parts(torch.tensor([value], dtype=torch.float64))
+            exact = (Decimal(value) - Decimal(int(exponent)) * Decimal(2).ln()).exp()
+            assert abs(Decimal(float(factor)) / exact - 1) < 6e-16
 
 
 def test_exponential_is_good_to_the_last_places():
