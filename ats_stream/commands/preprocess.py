@@ -116,7 +116,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--address needs --ray")
     config = config_from(arguments, ConvertConfig)
     options = storage_options_from(arguments).values_for("://")
-    slides = expand_inputs(arguments.slides, slide_column=arguments.slide_column, storage_options=options)
+    slides = expand_inputs(
+        arguments.slides,
+        slide_column=arguments.slide_column,
+        storage_options=options,
+        out_dir=None if "://" in arguments.out else arguments.out,
+    )
     sizes = pixel_sizes(arguments.pixel_size, slides) if arguments.pixel_size is not None else {}
     # pyramids appear whole, so one that exists is done
     target_options = options if "://" in arguments.out else None

@@ -204,13 +204,17 @@ class RayExecutor:
         import ray
 
         ready, _ = ray.wait(list(self._references))
-        ended = []
+        ended: list[tuple[int, Any]] = []
         for reference in ready:
             number = self._references.pop(reference)
             try:
                 shards, result = ray.get(reference)
             except ray.exceptions.WorkerCrashedError as error:
                 ended.append((number, ClusterError(f"its Ray worker died: {_first_line(error)}")))
+                continue
+            except ray.exceptions.RayTaskError as error:
+                # our own errors come as results, so this is a bug, which keeps the worker's traceback
+                ended.append((number, error))
                 continue
             except ray.exceptions.RayError as error:
                 ended.append((number, ClusterError(_first_line(error))))

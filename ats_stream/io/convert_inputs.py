@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ats_stream.errors import ArchiveError, InputError, StorageError
+from ats_stream.io.manifest import SUFFIX as MANIFEST_SUFFIX
 from ats_stream.io.video import SUFFIXES as VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ def expand_inputs(
     *,
     slide_column: str = "slide",
     storage_options: Mapping[str, Any] | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """Paths and URLs of single images, in the order given, what is in a folder or prefix sorted by name.
 
+    What an earlier run made in ``out_dir`` is left out where that lies in a folder that is given.
     Raises InputError for a folder or prefix without images, ArchiveError for a table that cannot be read.
     """
     found: list[str] = []
@@ -40,7 +43,7 @@ def expand_inputs(
         if "://" in text:
             found += _in_prefix(text, storage_options)
         elif Path(text).is_dir() and not _is_store(Path(text)):
-            found += _in_folder(Path(text))
+            found += _in_folder(Path(text), None if out_dir is None else Path(out_dir))
         elif Path(text).suffix.lower() in TABLE_SUFFIXES:
             found += [_beside(text, row[slide_column]) for row in _rows(text, (slide_column,))]
         else:
@@ -57,11 +60,15 @@ def _is_store(path: Path) -> bool:
     return any((path / name).exists() for name in GROUP_FILES)
 
 
-def _in_folder(folder: Path) -> list[str]:
+def _in_folder(folder: Path, out_dir: Path | None) -> list[str]:
     found: list[str] = []
     for place, folders, files in os.walk(folder):
         here = Path(place)
         stores = [name for name in folders if _is_store(here / name)]
+        if out_dir is not None and here.resolve() == out_dir.resolve():
+            # pyramids lie there as they were made; slides may lie among them
+            stores = [name for name in stores if not (here / (name + MANIFEST_SUFFIX)).exists()]
+            folders[:] = [name for name in folders if name in stores or not _is_store(here / name)]
         # what is in a store is no image of its own; what is unfinished is none yet
         folders[:] = [n for n in folders if n not in stores and not n.endswith(".partial")]
         found += [str(here / name) for name in stores if not name.endswith((".partial", ".old"))]

@@ -174,6 +174,9 @@ def test_inputs_are_folders_tables_and_files(slides, tmp_path):
     (tmp_path / "deep" / "note.txt").write_text("x")
     assert expand_inputs([folder]) == [str(path) for path in slides]
     assert expand_inputs([tmp_path]) == [str(pyramid)]
+    (tmp_path / "deep" / "b.png").write_bytes(b"x")
+    assert expand_inputs([tmp_path], out_dir=tmp_path / "deep") == [str(tmp_path / "deep" / "b.png")]
+    (tmp_path / "deep" / "b.png").unlink()
     assert expand_inputs([pyramid]) == [str(pyramid)]
     table = tmp_path / "archive.csv"
     table.write_text(f"slide,label\n{slides[0]},a\ndeep/a.ome.zarr,b\ns3://bucket/x.svs,c\n")
