@@ -167,10 +167,18 @@ def _serve(connection: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            result: Any = call.run(lambda shard, entry: connection.send(("shard", shard, entry)))
+            result: Any = call.run(lambda shard, entry: _send(connection, ("shard", shard, entry)))
         except Exception as error:
             result = error
-        connection.send(("end", result))
+        _send(connection, ("end", result))
+
+
+def _send(connection: Connection, content: Any) -> None:
+    """Tell the process that started this one; without it there is nothing left to do."""
+    try:
+        connection.send(content)
+    except OSError:
+        os._exit(1)
 
 
 def _end_with_parent() -> None:

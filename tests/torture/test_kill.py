@@ -101,8 +101,8 @@ def kill_once(slide: Path, out: Path, whole: Whole, rng: np.random.Generator) ->
         process.kill()
         _, errors = process.communicate(timeout=120)
     assert process.returncode in {-signal.SIGKILL, 0}
-    # it had no time to complain, and nothing to complain of
-    assert errors == ""
+    # it had no time to complain, and nothing to complain of; a worker that was just starting may say it
+    assert errors == "" or ("--workers" in more and "spawn_main" in errors)
     if (out / NAME).exists():
         check_whole(out / NAME, whole)
         return "whole"
