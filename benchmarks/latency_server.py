@@ -12,15 +12,32 @@ import asyncio
 import json
 import os
 import re
+import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 COUNTS = "/-/counts"
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 MAX_HEAD_BYTES = 64 << 10  # 64 KiB
+
+
+@contextmanager
+def latency_server(folder: Path, delay_ms: float) -> Iterator[str]:
+    """Address of a server of the folder, which runs in a process of its own."""
+    command = [sys.executable, __file__, str(folder), str(delay_ms)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
 
 
 class Folder:

@@ -31,12 +31,10 @@ import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import urllib.request
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import synthetic_slide
-from latency_server import COUNTS
+from latency_server import COUNTS, latency_server
 from machine import describe_machine, versions
 from read_cases import (
     CASES,
@@ -63,7 +61,7 @@ from read_engines import FLOORS, serve
 from synthetic_slide import SlideConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
 Array = npt.NDArray[Any]
@@ -280,19 +278,6 @@ def check_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
                 check[key] = round(found[target.ours][metric] / min(peers), 4)
         checks.append({**check, "holds": check["ratio"] <= target.limit if "ratio" in check else None})
     return checks
-
-
-@contextmanager
-def latency_server(folder: Path, delay_ms: float) -> Iterator[str]:
-    """Address of a server of the folder, which runs in a process of its own."""
-    script = Path(__file__).with_name("latency_server.py")
-    command = [sys.executable, str(script), str(folder), str(delay_ms)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.terminate()
 
 
 def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:

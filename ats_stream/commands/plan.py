@@ -163,7 +163,7 @@ def describe(
     name, speed = next(iter(images_per_s.items()))
     lines.append(f"the limit: {name}, {speed:,.1f} images/s, an epoch in {shape.num_images / speed:,.1f} s")
     if cluster.address is None and sizes.store_bytes > cluster.object_store_bytes:
-        have = size_text(cluster.object_store_bytes)
+        have = _bytes(cluster.object_store_bytes)
         lines.append(
             f"a cluster that training starts by itself has an object store of {have}: lower --window"
         )
@@ -172,26 +172,26 @@ def describe(
 
 def storage_rows(found: Probe, sizes: Sizes) -> dict[str, str]:
     """What is fetched."""
-    first = size_text(sizes.stored_bytes + sizes.view_bytes_first)
-    later, step = size_text(sizes.stored_bytes + sizes.view_bytes_later), size_text(sizes.step_bytes_later)
+    first = _bytes(sizes.stored_bytes + sizes.view_bytes_first)
+    later, step = _bytes(sizes.stored_bytes + sizes.view_bytes_later), _bytes(sizes.step_bytes_later)
     return {
         "an image": f"{later}, in the first epoch {first} with its view",
-        "": f"{mean_chunks(found):.1f} chunks that decode to {size_text(sizes.decoded_bytes)}",
-        "a step": f"{step}, in the first epoch {size_text(sizes.step_bytes_first)}",
+        "": f"{mean_chunks(found):.1f} chunks that decode to {_bytes(sizes.decoded_bytes)}",
+        "a step": f"{step}, in the first epoch {_bytes(sizes.step_bytes_first)}",
     }
 
 
 def memory_rows(shape: Shape, sizes: Sizes) -> dict[str, str]:
     """What is held, and where."""
-    step = size_text(sizes.step_work_bytes)
+    step = _bytes(sizes.step_work_bytes)
     where = f"and {step} on its GPU, beside what CUDA takes" if shape.use_gpu else f"{step} of it for a step"
-    held = f"half of it for {shape.ranks_per_node} x {shape.window} items of {size_text(sizes.item_bytes)}"
-    work = f"{size_text(sizes.sampler_work_bytes)} of it for an image's attention and patches"
+    held = f"half of it for {shape.ranks_per_node} x {shape.window} items of {_bytes(sizes.item_bytes)}"
+    work = f"{_bytes(sizes.sampler_work_bytes)} of it for an image's attention and patches"
     return {
-        "a sampler": f"{size_text(sizes.sampler_bytes)}, {work}",
-        "a rank": f"{size_text(sizes.rank_bytes)}, {where}",
-        "object store": f"{size_text(sizes.store_bytes)} on a node, {held}",
-        "a node": f"{size_text(sizes.node_bytes)} in all, with the driver on the first",
+        "a sampler": f"{_bytes(sizes.sampler_bytes)}, {work}",
+        "a rank": f"{_bytes(sizes.rank_bytes)}, {where}",
+        "object store": f"{_bytes(sizes.store_bytes)} on a node, {held}",
+        "a node": f"{_bytes(sizes.node_bytes)} in all, with the driver on the first",
     }
 
 
@@ -199,8 +199,8 @@ def speed_rows(rates: Rates, found: Probe, images_per_s: dict[str, float]) -> di
     """How many images a second each part allows, and why."""
     sampler, rank = f"{1e3 * rates.sampler_s:.1f} ms", f"{1e3 * (rates.rank_s or 0):.1f} ms"
     reasons = {
-        "storage": f"{size_text(rates.storage_bytes_per_s)} a second",
-        "link": f"{size_text(rates.link_bytes_per_s)} a second in or out of a node",
+        "storage": f"{_bytes(rates.storage_bytes_per_s)} a second",
+        "link": f"{_bytes(rates.link_bytes_per_s)} a second in or out of a node",
         "samplers": f"{sampler} an image; {1e3 * found.reading_s:.1f} ms were reading, as measured here",
         "ranks": f"{rank} an image",
         "in turn": f"lag 0: {sampler} of a sampler, then {rank} of a rank for an image",
@@ -216,13 +216,7 @@ def mean_chunks(found: Probe) -> float:
     return sum(image.num_chunks for image in found.images) / len(found.images)
 
 
-def size_text(number: float) -> str:
-    """Bytes for people.
+def _bytes(number: float) -> str:
+    from ats_stream.commands.info import bytes_text
 
-    >>> size_text(999), size_text(49152), size_text(3.2e9)
-    ('999 B', '49.2 kB', '3.2 GB')
-    """
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
+    return bytes_text(round(number))

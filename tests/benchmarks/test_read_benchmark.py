@@ -11,7 +11,7 @@ import read
 import read_cases
 import synthetic_slide
 import tifffile
-from latency_server import COUNTS
+from latency_server import COUNTS, latency_server
 from read_engines import needed_chunks
 from synthetic_slide import SlideConfig
 
@@ -90,7 +90,7 @@ def test_server_answers_ranges_and_counts_them(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "file").write_bytes(bytes(range(100)))
     (tmp_path / "secret").write_bytes(b"x")
-    with read.latency_server(tmp_path / "in", 0) as server:
+    with latency_server(tmp_path / "in", 0) as server:
         assert fetch(f"{server}/file")[::2] == (200, bytes(range(100)))
         for wanted, part in (("5-9", range(5, 10)), ("90-", range(90, 100)), ("-3", range(97, 100))):
             status, headers, body = fetch(f"{server}/file", Range=f"bytes={wanted}")
