@@ -7,7 +7,7 @@ N patches, P the patch's side, F features, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from ats_stream.kernels import gather_crops, normalisation
 from ats_stream.sampling import expectation, log_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ATTENTION_KINDS = ("learned", "uniform")
 
@@ -70,14 +73,23 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
+        return self.of([tensor.to(device, non_blocking=True) for tensor in self.tensors()])
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        priors = [prior for prior in self.log_priors_YX if prior is not None]
+        return [self.crops_BNCPP, self.index_BN, self.weight_BN, *self.views_CYX, *priors]
+
+    def of(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch made of other tensors, in the order of :meth:`tensors`."""
+        rest = iter(tensors)
+        crops_BNCPP, index_BN, weight_BN = next(rest), next(rest), next(rest)
         return Batch(
-            views_CYX=[v.to(device, non_blocking=True) for v in self.views_CYX],
-            log_priors_YX=[
-                None if p is None else p.to(device, non_blocking=True) for p in self.log_priors_YX
-            ],
-            crops_BNCPP=self.crops_BNCPP.to(device, non_blocking=True),
-            index_BN=self.index_BN.to(device, non_blocking=True),
-            weight_BN=self.weight_BN.to(device, non_blocking=True),
+            views_CYX=[next(rest) for _ in self.views_CYX],
+            log_priors_YX=[None if prior is None else next(rest) for prior in self.log_priors_YX],
+            crops_BNCPP=crops_BNCPP,
+            index_BN=index_BN,
+            weight_BN=weight_BN,
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ats_stream.kernels.feeder import DeviceFeeder
 from ats_stream.models import Batch
 from ats_stream.sampling import effective_sample_share
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ats_stream.kernels.feeder import Staged
     from ats_stream.models import PatchClassifier, Prediction
     from ats_stream.workers.protocol import Array, Item
     from ats_stream.workers.stream import Stream
@@ -30,6 +32,35 @@ def collate(items: Sequence[Item]) -> Batch:
         index_BN=torch.from_numpy(np.stack([item.index_N for item in items])),
         weight_BN=torch.from_numpy(np.stack([item.weight_N for item in items])),
     )
+
+
+class BatchFeeder:
+    """Batches on a device, each on its way since :meth:`stage` if that was called for its items."""
+
+    def __init__(self, device: torch.device, feeder: DeviceFeeder | None = None) -> None:
+        self._feeder = DeviceFeeder(device) if feeder is None else feeder
+        self._on_their_way: dict[tuple[int, ...], tuple[Batch, Staged]] = {}
+
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether staging early saves time."""
+        return self._feeder.copies_ahead
+
+    def stage(self, items: Sequence[Item]) -> None:
+        """Begin to copy; the items must live until they are taken."""
+        batch = collate(items)
+        self._on_their_way[_names(items)] = batch, self._feeder.stage(batch.tensors())
+
+    def take(self, items: Sequence[Item]) -> Batch:
+        """The batch on the device."""
+        if _names(items) not in self._on_their_way:
+            self.stage(items)
+        batch, staged = self._on_their_way.pop(_names(items))
+        return batch.of(staged.take())
+
+
+def _names(items: Sequence[Item]) -> tuple[int, ...]:
+    return tuple(id(item) for item in items)
 
 
 def log_prior_of(prior_YX: Array | None) -> Tensor | None:

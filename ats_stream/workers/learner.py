@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ats_stream.models import PatchClassifier
-from ats_stream.workers.batch import collate, effective_share
+from ats_stream.workers.batch import BatchFeeder, effective_share
 from ats_stream.workers.optimisation import autocast, average_of, lr_factor
 from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -55,6 +55,7 @@ class Learner:
         # without mixed precision in float16 it does nothing at all
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=trainer.precision == "float16")
         self._average = average_of(self.model, trainer.average_decay)
+        self.batches = BatchFeeder(ranks.device)
 
     @property
     def lr(self) -> float:
@@ -94,18 +95,27 @@ class Learner:
             self._average.module.load_state_dict(state["average"])
             self._average.n_averaged.fill_(around["num_averaged"])
 
-    def step(self, items: Sequence[Item]) -> dict[str, float]:
-        """One optimiser step; sums over the images that the metrics are made of."""
+    def stage(self, items: Sequence[Item]) -> None:
+        """Begin to copy the items of the next step to the device."""
+        for part in self._parts(items):
+            self.batches.stage(part)
+
+    def step(
+        self, items: Sequence[Item], *, meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """One optimiser step; sums over the images that the metrics are made of.
+
+        ``meanwhile`` is called while the device is at work on the step.
+        """
         self.model.train()
         self._optimiser.zero_grad()
-        size = -(-len(items) // self.config.accumulate)
-        parts = [items[at : at + size] for at in range(0, len(items), size)]
+        parts = self._parts(items)
         sums: dict[str, float] = {}
         for number, part in enumerate(parts):
             # gradients travel between the ranks once, with the last part
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self._unsynchronised():
-                for name, value in self._backward(part).items():
+                for name, value in self._backward(part, meanwhile if is_last else lambda: None).items():
                     sums[name] = sums.get(name, 0.0) + value
         self._scaler.unscale_(self._optimiser)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -116,20 +126,25 @@ class Learner:
             self._average.update_parameters(self.model)
         return sums
 
+    def _parts(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        size = -(-len(items) // self.config.accumulate)
+        return [items[at : at + size] for at in range(0, len(items), size)]
+
     def _unsynchronised(self) -> Any:
         wrapped: Any = self._wrapped
         return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
 
-    def _backward(self, items: Sequence[Item]) -> dict[str, float]:
+    def _backward(self, items: Sequence[Item], meanwhile: Callable[[], None]) -> dict[str, float]:
         device = self.ranks.device
         with autocast(device, self.config.precision):
-            prediction = self._wrapped(collate(items).to(device))
+            prediction = self._wrapped(self.batches.take(items))
         row_B = torch.tensor([item.visit.image for item in items], device=device)
         share_B = torch.tensor([item.visit.share for item in items], device=device)
         loss, loss_B = self._loss(prediction.class_logits_BK, row_B, share_B)
         loss = loss - self.config.entropy_weight * (share_B * prediction.entropy_B).sum()
         # shares sum to 1 over all ranks, and the wrapper averages gradients over the ranks
         self._scaler.scale(loss * self.ranks.world_size).backward()
+        meanwhile()  # before anything waits for the device
         return _sums(items, prediction, loss_B, (share_B > 0).cpu(), self._right(prediction, row_B))
 
     def _loss(self, outputs_BK: Tensor, row_B: Tensor, share_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ats_stream.errors import AtsStreamError
 from ats_stream.workers.protocol import AttentionWeights
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Stream:
         self.versions: dict[int, AttentionWeights] = {}
         """Versions of the attention that steps to come may still draw with."""
         self._pending: deque[Pending] = deque()
+        self._ahead: list[Item] | AtsStreamError | None = None
         self._visits = self._upcoming()
         self._next = next(self._visits, None)
 
@@ -69,13 +71,35 @@ class Stream:
     def next_step(self) -> list[Item]:
         """Wait for the items of the next step of this rank, in the plan's order."""
         self._order()
-        if not self._pending and self._next is not None:
+        if self._ahead is None and not self._pending and self._next is not None:
             raise ValueError(f"version {self._next.version} of the attention was not published")
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, AtsStreamError):
+            raise ahead
+        items = self._collect() if ahead is None else ahead
+        self.step += 1
+        return items
+
+    def look_ahead(self) -> list[Item] | None:
+        """Wait for the items that the next :meth:`next_step` will give; None if they wait for a version.
+
+        An error of theirs is kept until then.
+        """
+        if self._ahead is None:
+            if self.step >= self.plan.num_steps or self.plan.version_of(self.step) not in self.versions:
+                return None
+            self._order()
+            try:
+                self._ahead = self._collect()
+            except AtsStreamError as error:
+                self._ahead = error
+        return None if isinstance(self._ahead, AtsStreamError) else self._ahead
+
+    def _collect(self) -> list[Item]:
         items = []
         for _ in range(self.plan.batch_size // self.world_size):
             items.append(self._pending.popleft().result())
             self._order()
-        self.step += 1
         return items
 
     def __iter__(self) -> Iterator[Item]:

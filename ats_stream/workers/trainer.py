@@ -272,9 +272,17 @@ class RankTrainer:
         start_s = time.perf_counter()
         items = self.stream.next_step()
         wait_s = time.perf_counter() - start_s
-        sums = self.learner.step(items)
+        sums = self.learner.step(items, meanwhile=self._stage_ahead)
         self.stream.publish(self.stream.step, self.learner.model.attention)
         return {**sums, "wait_s": wait_s, "step_s": time.perf_counter() - start_s}
+
+    def _stage_ahead(self) -> None:
+        """Copy the next batch to the device while it trains on this one, if it can be had yet (lag > 0)."""
+        if not self.learner.batches.copies_ahead:
+            return
+        items = self.stream.look_ahead()
+        if items is not None:
+            self.learner.stage(items)
 
     def validate(self) -> dict[str, float]:
         """The task's numbers on the validation split, with draws that are the same every time."""

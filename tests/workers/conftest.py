@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from ats_stream.io import Archive
 
-sys.path.insert(0, str(Path(__file__).parent))  # makes the helpers beside the tests importable
+# makes the helpers beside the tests importable, and the slow device of the kernels' tests
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "kernels")]
 
 
 @pytest.fixture(scope="session")

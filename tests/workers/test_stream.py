@@ -144,6 +144,37 @@ def test_only_versions_that_steps_to_come_may_ask_for_are_kept(plan: Plan) -> No
         stream.publish(stream.step, net(stream.step))
 
 
+@given(plans(), st.integers(1, 9))
+def test_looking_ahead_changes_nothing(plan: Plan, window: int) -> None:
+    stream = Stream(plan, Recorder(), window=window)
+    stream.publish(0, net(0))
+    done = []
+    while stream.step < plan.num_steps:
+        seen = stream.look_ahead()
+        assert seen is stream.look_ahead()
+        done.append(stream.next_step())
+        assert seen is None or seen is done[-1]
+        # before the version that this step makes: the next items are there exactly if they do not wait for it
+        has_next = stream.step < plan.num_steps
+        can_look = has_next and plan.version_of(stream.step) != stream.step
+        assert (stream.look_ahead() is not None) == can_look
+        stream.publish(stream.step, net(stream.step))
+    assert done == expected(plan)
+    assert stream.look_ahead() is None
+
+
+def test_an_error_ahead_is_kept_until_its_step() -> None:
+    plan = Plan(images=(0, 1, 2, 3), batch_size=2, num_epochs=1, seed=0, lag=1)
+    stream = Stream(plan, Recorder(fail_at=2), window=4)
+    stream.publish(0, net(0))
+    first = stream.next_step()
+    assert len(first) == 2
+    assert stream.look_ahead() is None
+    stream.publish(1, net(1))
+    with pytest.raises(SlideError, match="torn"):
+        stream.next_step()
+
+
 def test_the_window_fills_as_far_as_versions_are_there() -> None:
     plan = Plan(images=tuple(range(8)), batch_size=2, num_epochs=3, seed=0, lag=2)
     executor = Recorder()

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from lazy_copies import LazyCopies
 from tiny import make_job, run_config, without_clock
 
 from ats_stream.demo.digits import DigitsConfig, Scene, write_scene
 from ats_stream.errors import CheckpointError
 from ats_stream.io import read_archive, write_archive
+from ats_stream.kernels.feeder import DeviceFeeder
+from ats_stream.workers.batch import BatchFeeder
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from ats_stream.workers.executors import make_executor
 from ats_stream.workers.metrics import read_metrics
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ats_stream.io import Archive
+    from ats_stream.workers import RunConfig
+
+CPU = torch.device("cpu")
 
 
 def make_trainer(job: TrainJob) -> RankTrainer:
@@ -129,6 +135,29 @@ def test_lag_changes_the_training_and_the_window_does_not(archive: Archive, tmp_
     assert_same_state(states[1], states[2])
     assert_same_state(states[1], states[3])
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+
+
+@pytest.mark.parametrize("config", [RESUMED[1], run_config(num_epochs=2, accumulate=2, lag=1)])
+def test_copying_ahead_changes_no_bit(archive: Archive, tmp_path: Path, config: RunConfig) -> None:
+    """As on a device: the next items are asked for while a step is under way, and copied as late as can be."""
+    states, num_ahead = [], 0
+    for ahead in (False, True):
+        trainer = make_trainer(make_job(archive, tmp_path / f"ahead-{ahead}", config))
+        if ahead:
+            trainer.learner.batches = BatchFeeder(CPU, DeviceFeeder(CPU, copies=LazyCopies()))
+        stage = trainer.learner.stage
+
+        def count(items: Any, stage: Any = stage) -> None:
+            nonlocal num_ahead
+            num_ahead += 1
+            stage(items)
+
+        trainer.learner.stage = count  # type: ignore[method-assign]  # looks on
+        trainer.run(None)
+        states.append(final(tmp_path / f"ahead-{ahead}"))
+        # every step but the first is copied ahead with a lag of 1; of a longer interval, those with a version
+        assert (num_ahead > 0) == ahead
+    assert_same_state(*states)
 
 
 def first_step(archive: Archive, run_dir: Path, batch_size: int) -> tuple[dict[str, torch.Tensor], Any]:
