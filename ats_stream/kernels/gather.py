@@ -21,7 +21,7 @@ from ats_stream.kernels import gather_cpu, gather_torch
 from ats_stream.kernels.gather_calls import CropsCall, PatchesCall, beside, check_kinds
 from ats_stream.kernels.gather_cpu import Request
 from ats_stream.kernels.gather_launch import plan_crops, plan_patches
-from ats_stream.kernels.launch import launch_on_current_stream
+from ats_stream.kernels.launch import has_cupy, launch_on_current_stream
 from ats_stream.kernels.table import ChunkTable
 
 if TYPE_CHECKING:
@@ -128,6 +128,13 @@ def gather_patches(
     call.check()
     out_NCS: torch.Tensor = _gather_patches(*call)
     return out_NCS
+
+
+def is_worth_it(device: torch.device, num_values: int) -> bool:
+    """Whether operations of torch for the same should be left for the kernel: CuPy is there, or numba."""
+    if device.type == "cuda":
+        return has_cupy()
+    return device.type == "cpu" and gather_cpu.is_compiled(num_values)
 
 
 # ---- the operators: each is called with the fields of its call ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,12 @@ def require_cupy(device: torch.device) -> Any:
     if version < _MIN_CUPY:
         raise InputError(f"CuPy {cupy.__version__} was found, 14.2 or later is needed: {advice}")
     return cupy
+
+
+@functools.cache
+def has_cupy() -> bool:
+    """Whether CuPy is installed, found without importing it."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 class _StreamHandle:

@@ -97,10 +97,12 @@ class SamplePatches(Seeded):
         scheme: str | None = None,
         receptive_field: int | Geometry | None = None,
         number: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Draw, Tensor]:
         """Draw from given log-probabilities; return the draw and its patches.
 
-        In evaluation each ``number`` gives a draw of its own, independent of the others.
+        Integer pixels are converted to ``dtype``, if given. In evaluation each
+        ``number`` gives a draw of its own, independent of the others.
         """
         check_high_resolution(x_high, len(x_low), len(map_shape))
         num_axes = len(map_shape)
@@ -117,7 +119,7 @@ class SamplePatches(Seeded):
         if isinstance(geometry, int):
             geometry = geometry_from_receptive_field(geometry, map_shape, tuple(x_low.shape[2:]))
         offsets_BND = _offsets(drawn.index, map_shape, x_high, sizes, geometry)
-        return drawn, cut_patches(x_high, offsets_BND, sizes, fill=self.fill)
+        return drawn, cut_patches(x_high, offsets_BND, sizes, fill=self.fill, dtype=dtype)
 
 
 class Expectation(nn.Module):
@@ -227,9 +229,8 @@ class AttentionSampling(nn.Module):
                 scheme=scheme,
                 receptive_field=receptive_field,
                 number=number,
+                dtype=x_low.dtype,
             )
-            if not patches.is_floating_point():
-                patches = patches.to(x_low.dtype)
             draws.append(drawn)
             values.append(self._estimate(patches, log_attention_BM, drawn))
             cuts.append(patches)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ats_stream.errors import InputError
+from ats_stream.kernels.gather_cpu import compiled_path
 from ats_stream.sampling import cut_patches
 
 
@@ -41,6 +42,25 @@ def test_tensor_and_lazy_source_agree_with_plain_indexing(space, dtype):
     assert torch.equal(patches, cut_patches(sources, offsets_BND, size, fill=7))
     assert sources[0].calls == [(0, np.dtype("int64"), size, 7)]
     assert isinstance(sources[0].calls[0][3], int)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("space", [(90,), (40, 50), (12, 14, 16)])
+def test_the_kernel_gives_the_bits_of_plain_indexing(space, pixels, dtype):
+    generator = torch.Generator().manual_seed(1)
+    x_high = torch.randint(0, 256, (2, 3, *space), generator=generator).to(pixels)
+    if pixels.is_floating_point:
+        x_high = x_high * -0.0  # both zeros, and -0 stays -0
+        x_high[:, :, 0] = 0.0
+    size = tuple(min(side, 32) for side in space)
+    offsets_BND = torch.randint(-40, 60, (2, 9, len(space)), generator=generator)
+    with compiled_path(False):
+        plain = cut_patches(x_high, offsets_BND, size, fill=7, dtype=dtype)
+    with compiled_path(True):
+        got = cut_patches(x_high, offsets_BND, size, fill=7, dtype=dtype)
+    assert got.dtype == plain.dtype == (pixels if dtype is None or pixels.is_floating_point else dtype)
+    assert torch.equal(got.view(torch.uint8), plain.view(torch.uint8))
 
 
 def test_gradient_returns_to_the_pixels_it_came_from():

@@ -139,7 +139,7 @@ def test_lag_changes_the_training_and_the_window_does_not(archive: Archive, tmp_
 
 @pytest.mark.parametrize("config", [RESUMED[1], run_config(num_epochs=2, accumulate=2, lag=1)])
 def test_copying_ahead_changes_no_bit(archive: Archive, tmp_path: Path, config: RunConfig) -> None:
-    """As on a device: the next items are asked for while a step is under way, and copied as late as can be."""
+    """As on a device: the next items are asked for while a step is under way, and copied late."""
     states, num_ahead = [], 0
     for ahead in (False, True):
         trainer = make_trainer(make_job(archive, tmp_path / f"ahead-{ahead}", config))
