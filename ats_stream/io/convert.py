@@ -65,6 +65,7 @@ def write_pyramid(
     name: str | None = None,
     channels: Sequence[ngff.Channel | str] | None = None,
     workers: int = 1,
+    scheduler: Any = None,
     target_options: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> ConvertSummary:
@@ -73,6 +74,8 @@ def write_pyramid(
     ``axes`` are by default (c, x), (c, y, x), (c, z, y, x) or (c, t, z, y, x); (c, t, y, x) is a video.
     ``pixel_size_um`` is one number or one for each space axis, NaN along time. Lazy arrays are computed
     shard by shard, in ``workers`` processes if these are more than one; they then travel there by pickle.
+    With ``scheduler``, as ``dask.compute`` takes it (``"threads"``, ``ray.util.dask.ray_dask_get``), all of
+    it is one dask graph instead, with the same bytes. InputError when both are given.
     """
     num_space = len(array.shape) - 1
     sizes = (pixel_size_um,) * num_space if isinstance(pixel_size_um, (int, float)) else pixel_size_um
@@ -86,7 +89,13 @@ def write_pyramid(
         channels=None if channels is None else ngff.named_channels(channels, slide.shape[0]),
         target_options=target_options,
     )
-    return _one(job, workers, progress)
+    if scheduler is None:
+        return _one(job, workers, progress)
+    if workers != 1:
+        raise InputError(f"workers={workers} and scheduler={scheduler!r}: give one of the two")
+    from ats_stream.io.convert_dask import run_graph
+
+    return run_graph(job, slide, scheduler)
 
 
 def _one(job: ConvertJob, workers: int, progress: bool | None) -> ConvertSummary:

@@ -125,7 +125,7 @@ class Making:
         self.error: BaseException | None = None
         self.in_flight = 0
         self.num_px = self.done_px = 0
-        self._tasks: list[tuple[Call, set[int]]] = []
+        self._tasks: list[tuple[BuildCall, set[int]]] = []
         self._started: set[int] = set()
         self._finished: set[int] = set()
         self._entries: dict[str, ManifestEntry] = {}
@@ -207,6 +207,12 @@ class Making:
         self._first_line = header_line(header)
         lines = [entry_line(entry) for entry in self._entries.values()]
         target.write_manifest(self._first_line + b"".join(lines))
+
+    def build_calls(self) -> list[tuple[BuildCall, set[int]]]:
+        """All calls that make shards, each with the numbers of those before it, to be made by the caller."""
+        self._started.update(range(len(self._tasks)))
+        self.in_flight += len(self._tasks)
+        return self._tasks
 
     def next_call(self) -> tuple[int, Call] | None:
         """A call that can be made now, with its number; None when there is none."""

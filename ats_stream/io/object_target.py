@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ats_stream.errors import InputError, StorageError
@@ -26,7 +27,8 @@ class ObjectTarget:
     """Objects under a URL, written in place.
 
     There is no lock in an object store: two runs with the same plan write the same bytes, and a run that
-    finds, at its end, that another one has begun anew with another plan fails.
+    finds, each time that it brings its manifest up to date, that another one has begun anew with another plan
+    fails with StorageError.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None) -> None:
@@ -40,6 +42,7 @@ class ObjectTarget:
         self.shown = self._store.shown_url
         self._manifest = b""
         self._num_lines = 0
+        self._header: bytes | None = None
 
     @property
     def store(self) -> Store:
@@ -96,15 +99,16 @@ class ObjectTarget:
         """Nothing to hold."""
 
     def unlock(self) -> None:
-        """Bring the manifest up to date."""
+        """Bring the manifest up to date, unless it is another run's by now."""
         if self._num_lines:
-            self.write_manifest(self._manifest)
+            with suppress(StorageError):
+                self.write_manifest(self._manifest)
 
     def discard(self) -> None:
         """Delete every object under the prefix, the group first, so that nothing broken opens."""
         import obstore
 
-        self._num_lines = 0
+        self._num_lines, self._header = 0, None
         keys = sorted(self.sizes(), key=lambda key: key != GROUP_KEY)
         self.delete(keys)
         try:
@@ -128,10 +132,16 @@ class ObjectTarget:
             raise StorageError(f"{self._beside.shown_url}: {error}") from error
 
     def write_manifest(self, data: bytes) -> None:
-        """One put."""
+        """One put; but for the first, after a look at whose manifest is there."""
         import obstore
 
         self._manifest, self._num_lines = data, 0
+        header = data[: data.find(b"\n") + 1]
+        if self._header is None:
+            self._header = header
+        elif not (self.read_manifest() or header).startswith(header):
+            self.delete([GROUP_KEY])  # what is there now is of both
+            raise StorageError(f"{self.shown}: another run has begun to write here with another plan")
         key = self._manifest_key
         self._try(self._beside, key, lambda client: obstore.put(client, key, data))
 

@@ -167,13 +167,28 @@ class ArraySlide(Closing):
             return None
         return SourceStamp(name=token, nbytes=self.source_bytes, mtime_ns=0)
 
-    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
-        """A part of the array; a lazy one is computed here."""
+    def lazy(self, start: Sequence[int], stop: Sequence[int]) -> Any:
+        """A part of the array (C, *space) as one dask ``Delayed``, in the graph of the whole array."""
+        import dask.array
+
+        from_array: Any = dask.array.from_array
+        if not isinstance(self._array, dask.array.Array):
+            self._array = from_array(self._array, chunks="auto")
+        part = self._array[self._box(start, stop)].astype(self.dtype)
+        part = (part[:, None] if self._is_line else part).rechunk(-1)
+        # not optimised: parts that are optimised one by one have no blocks in common any more
+        return part.to_delayed(optimize_graph=False).ravel()[0]
+
+    def _box(self, start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
         box = [slice(a, b) for a, b in zip(start, stop, strict=True)]
         if self._is_line:
             del box[1]
+        return tuple(box)
+
+    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
+        """A part of the array; a lazy one is computed here."""
         try:
-            part = np.asarray(self._array[tuple(box)], dtype=self.dtype)
+            part = np.asarray(self._array[self._box(start, stop)], dtype=self.dtype)
         except Exception as error:  # what computes the array may raise anything
             where = f"box {tuple(start)} to {tuple(stop)}"
             reason = f"{where} cannot be computed: {type(error).__name__}: {error}"

@@ -63,6 +63,27 @@ def test_objects_are_the_files(slide, whole, s3, bucket):
     assert objects(url, s3.options) == whole
 
 
+def test_a_second_run_with_another_plan_makes_the_first_one_fail(slide, s3, bucket, monkeypatch):
+    url = f"{bucket}/two.zarr"
+    other = ConvertConfig(chunk_px=64, shard_px=128, coarsest_px=64, num_threads=1)
+    put, num_put = ObjectTarget.put, []
+
+    def put_and_meet(self, key, parts):
+        num_put.append(key)
+        if len(num_put) == 9:
+            monkeypatch.undo()
+            convert(slide, url, other, target_options=s3.options)
+        put(self, key, parts)
+
+    monkeypatch.setattr(ObjectTarget, "put", put_and_meet)
+    with pytest.raises(
+        StorageError, match=r"two\.zarr: another run has begun to write here with another plan"
+    ):
+        convert(slide, url, CONFIG, target_options=s3.options)
+    with pytest.raises(ValueError, match=r"neither zarr\.json nor"):
+        open_pyramid(url, storage_options=s3.options)
+
+
 def test_an_unfinished_prefix_is_no_pyramid_and_is_gone_on_from(slide, whole, s3, bucket, monkeypatch):
     url = f"{bucket}/b.zarr"
     put, num_put = ObjectTarget.put, []
