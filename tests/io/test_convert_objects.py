@@ -65,7 +65,7 @@ def test_objects_are_the_files(slide, whole, s3, bucket):
 
 def test_a_second_run_with_another_plan_makes_the_first_one_fail(slide, s3, bucket, monkeypatch):
     url = f"{bucket}/two.zarr"
-    other = ConvertConfig(chunk_px=64, shard_px=128, coarsest_px=64, num_threads=1)
+    other = ConvertConfig(chunk_px=32, shard_px=128, coarsest_px=64, num_threads=1, codec_level=5)
     put, num_put = ObjectTarget.put, []
 
     def put_and_meet(self, key, parts):
