@@ -28,6 +28,20 @@ def describe_machine() -> dict[str, object]:
     }
 
 
+def describe_device(kind: str) -> dict[str, object]:
+    """Processor and cores, and, for "cuda", the device; needs torch alone."""
+    found: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+    if kind == "cuda":
+        import torch
+
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     """Versions of packages, None for those that are not installed."""
     found: dict[str, str | None] = {}

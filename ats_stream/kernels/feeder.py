@@ -13,6 +13,7 @@ On the CPU all of them hand over the tensors as they came.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from ats_stream.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 FEEDS = ("crops", "zero_copy")
 _ALIGNMENT = 256  # bytes: as the allocator of the device aligns
@@ -118,6 +119,18 @@ class Staged:
             self._slot.busy, self._slot.is_lent = self._copies.mark(), False
 
 
+class Reserved:
+    """Memory of the ring to be filled: ``tensors``, and then :meth:`stage`."""
+
+    def __init__(self, tensors: list[torch.Tensor], stage: Callable[[list[torch.Tensor]], Staged]) -> None:
+        self.tensors = tensors
+        self._stage = stage
+
+    def stage(self) -> Staged:
+        """Begin to copy; the tensors must not be written any more."""
+        return self._stage(self.tensors)
+
+
 class DeviceFeeder:
     """Stages batches of host tensors for a device, one ahead of the other.
 
@@ -154,8 +167,8 @@ class DeviceFeeder:
         """Take contiguous CPU tensors; on a device, begin to copy them, and return.
 
         The host waits only if the pinned memory that is next in the ring is still being read. Raises
-        InputError for a tensor that is not a contiguous one on the CPU, and for ``zero_copy`` batches none of
-        which was released.
+        InputError for a tensor that is not a contiguous one on the CPU, and for ``zero_copy`` if no batch of
+        the ring was released.
         """
         for tensor in tensors:
             if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -165,21 +178,35 @@ class DeviceFeeder:
                 )
         if self._copies is None:
             return Staged(list(tensors))
-        starts, total = _layout(tensors)
+        reserved = self.reserve([(tensor.shape, tensor.dtype) for tensor in tensors])
+        for tensor, pinned in zip(tensors, reserved.tensors, strict=True):
+            pinned.copy_(tensor)
+        return reserved.stage()
+
+    def reserve(self, kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> Reserved:
+        """Lend tensors of given shapes and dtypes to be written in place, which saves a copy on the host.
+
+        Waits and raises as :meth:`stage` does; one batch is reserved at a time.
+        """
+        if self._copies is None:
+            return Reserved([torch.empty(tuple(shape), dtype=dtype) for shape, dtype in kinds], Staged)
         slot = self._slots[self._next]
         if slot.is_lent:
-            raise InputError(
-                f"all {len(self._slots)} batches of the ring are in use: release one, or go deeper"
-            )
+            raise InputError(f"all {len(self._slots)} batches of the ring are in use: release one first")
         self._next = (self._next + 1) % len(self._slots)
-        memory = self._free(slot, total)[:total]
-        for tensor, part in zip(tensors, _views(tensors, memory, starts), strict=True):
-            part.copy_(tensor)
+        layout = _Layout(kinds)
+        memory = self._free(slot, layout.num_bytes)[: layout.num_bytes]
+        return Reserved(layout.views(memory), lambda pinned: self._begin(slot, layout, memory, pinned))
+
+    def _begin(
+        self, slot: _Slot, layout: _Layout, memory: torch.Tensor, pinned: list[torch.Tensor]
+    ) -> Staged:
+        assert self._copies is not None
         if self.feed == "zero_copy":
             slot.is_lent = True
-            return Staged(_views(tensors, memory, starts), self._copies, slot=slot)
+            return Staged(pinned, self._copies, slot=slot)
         copy, slot.busy = self._copies.begin(memory)
-        return Staged(_views(tensors, copy, starts), self._copies, copy=copy, event=slot.busy)
+        return Staged(layout.views(copy), self._copies, copy=copy, event=slot.busy)
 
     def _free(self, slot: _Slot, num_bytes: int) -> torch.Tensor:
         """The memory of a slot, once nothing reads it any more, and large enough."""
@@ -192,23 +219,25 @@ class DeviceFeeder:
         return slot.memory
 
 
-def _layout(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """First byte of each tensor in one piece of memory, and its size.
+class _Layout:
+    """Where tensors lie in one piece of memory.
 
-    >>> _layout([torch.zeros(3), torch.zeros(65), torch.zeros(1)])
+    >>> layout = _Layout([((3,), torch.float32), ((65,), torch.float32), ((), torch.uint8)])
+    >>> layout.starts, layout.num_bytes
     ([0, 256, 768], 1024)
     """
-    starts, total = [], 0
-    for tensor in tensors:
-        starts.append(total)
-        total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return starts, total
 
+    def __init__(self, kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> None:
+        self.kinds = kinds
+        self.starts: list[int] = []
+        self.num_bytes = 0
+        for shape, dtype in kinds:
+            self.starts.append(self.num_bytes)
+            self.num_bytes += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
-def _views(
-    tensors: Sequence[torch.Tensor], memory: torch.Tensor, starts: Sequence[int]
-) -> list[torch.Tensor]:
-    return [
-        memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, start in zip(tensors, starts, strict=True)
-    ]
+    def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in a piece of memory."""
+        return [
+            memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+            for (shape, dtype), start in zip(self.kinds, self.starts, strict=True)
+        ]

@@ -89,6 +89,20 @@ def test_without_copies_the_memory_is_lent_until_it_is_released() -> None:
 
 
 @pytest.mark.parametrize("feed", ["crops", "zero_copy"])
+@pytest.mark.parametrize("copies", [None, LazyCopies()], ids=["cpu", "lazy copies"])
+def test_memory_may_be_written_in_place(feed: str, copies: LazyCopies | None) -> None:
+    feeder = DeviceFeeder(CPU, feed=feed, copies=copies)
+    for number in range(5):
+        wanted = batch(number)
+        reserved = feeder.reserve([(tensor.shape, tensor.dtype) for tensor in wanted])
+        for tensor, value in zip(reserved.tensors, wanted, strict=True):
+            tensor.copy_(value)
+        staged = reserved.stage()
+        assert_same(staged.take(), wanted)
+        staged.release()
+
+
+@pytest.mark.parametrize("feed", ["crops", "zero_copy"])
 def test_on_the_cpu_the_tensors_are_handed_over_as_they_are(feed: str) -> None:
     feeder = DeviceFeeder(CPU, feed=feed)
     assert not feeder.copies_ahead
