@@ -46,10 +46,10 @@ class Times:
     """A rank's computing for one step, its items at hand."""
     sampler_io_s: Sequence[float] = (0.0,)
     """A sampler's waiting for storage for one item, which takes no core."""
-    sampler_call_s: float = 0.0
-    """What a call costs the sampler's process besides."""
     delivery_s: float = 0.0
-    """What taking an item costs the rank."""
+    """What ordering and taking an item costs the rank."""
+    crowded: float = 1.0
+    """How much longer computing takes while other cores are busy too: they share caches, or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,8 @@ class Simulation:
         while seconds > 0:
             with self.cores.request() as core:
                 yield core
-                yield self.env.timeout(min(seconds, QUANTUM_S))
+                slower = self.times.crowded if self.cores.count > 1 else 1.0
+                yield self.env.timeout(min(seconds, QUANTUM_S) * slower)
             seconds -= QUANTUM_S
 
     def barrier(self) -> Generator[Any, Any, None]:
@@ -222,7 +223,7 @@ class Rank:
                 step = number // cluster.items_per_rank
                 simulation.outcome.starts.append((self.env.now, step, simulation.plan.version_of(step)))
             yield self.env.timeout(self._io_s[number])
-            yield from simulation.compute(self._cpu_s[number] + simulation.times.sampler_call_s)
+            yield from simulation.compute(self._cpu_s[number])
             done.succeed(sampler)
 
 

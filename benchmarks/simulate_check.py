@@ -4,10 +4,11 @@
     python benchmarks/simulate_check.py --quick      # a small version, for the tests
 
 Two stores of the same images: a folder, and a server on this machine that waits before it answers, as object
-storage does. For each, alone on the machine and one after the other: a sampler's time for an item, what a
-call costs besides (one sampler, nobody trains), and a rank's time for a step with items at hand. From these
-the simulation, with as many cores as there are, predicts training with 1, 2 and 4 samplers, lag 0 and 2; then
-these trainings run, for real, under Ray. No prediction uses a number from a training.
+storage does. For each, one after the other: what one sampler takes for an item, processor and waiting apart,
+and what ordering and taking it costs the rank, while nobody trains; how much slower two samplers at once are;
+and what a step takes with items at hand. From these the simulation, with as many cores as there are, predicts
+training with 1, 2 and 4 samplers, lag 0 and 2; then these trainings run, for real, under Ray. No prediction
+uses a number from a training. The machine must be quiet: each real run says what share of it others took.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from latency_server import latency_server
 from machine import describe_machine
@@ -112,48 +114,100 @@ class Setting:
         )
 
 
-def sampler_times(setting: Setting) -> tuple[list[float], float, list[Item]]:
-    """Seconds of one sampler for each item, what each call costs besides, and some items; nobody trains."""
-    executor = setting.executor(1)
-    # lag None: nothing waits for training
-    plan = setting.plan(lag=None, num_steps=WARM_UP_STEPS + setting.num_steps)
+@dataclass(frozen=True)
+class Sampled:
+    """What samplers did while nobody trained."""
+
+    seconds: list[float]
+    """Time of each item."""
+    cpu_s: float
+    """Processor time for an item, of the samplers and of the server of images, if there is one."""
+    rank_cpu_s: float
+    """Processor time of this process for an item."""
+    items: list[Item]
+    """Those of the last step."""
+
+
+def sample_alone(setting: Setting, *, samplers: int) -> Sampled:
+    """Go through the images with new attention at each step, as training has it, but no training."""
+    executor = setting.executor(samplers)
+    model = PatchClassifier(setting.config.model)
+    # two rounds over the images, in which they are opened and their views read, then what counts
+    warm_up = 2 * setting.plan(lag=None, num_steps=1).steps_per_epoch
+    # far enough behind that the window is always full
+    plan = setting.plan(lag=WINDOW // ITEMS_PER_STEP + 1, num_steps=warm_up + setting.num_steps)
     stream = Stream(plan, executor, window=WINDOW)
-    stream.publish(0, PatchClassifier(setting.config.model).attention)
-    # the first round over the images opens them and reads their views
-    warm_up = max(WARM_UP_STEPS, plan.steps_per_epoch)
-    for _ in range(min(warm_up, plan.num_steps - 1)):
-        items = stream.next_step()
+    stream.publish(0, model.attention)
     seconds: list[float] = []
-    start_s = time.perf_counter()
-    while stream.step < plan.num_steps:
+    items: list[Item] = []
+    start_s = start_rank_s = 0.0
+    for number in range(warm_up + setting.num_steps):
+        if number == warm_up:
+            start_s, start_rank_s = processor_s(*SAMPLING), time.process_time()
         items = stream.next_step()
-        seconds += [item.seconds for item in items]
-    elapsed_s = time.perf_counter() - start_s
+        with torch.no_grad():
+            next(model.attention.parameters()).mul_(1.0001)
+        stream.publish(stream.step, model.attention)
+        if number >= warm_up:
+            seconds += [item.seconds for item in items]
+    cpu_s, rank_cpu_s = processor_s(*SAMPLING) - start_s, time.process_time() - start_rank_s
     executor.close()
-    return seconds, max(0.0, elapsed_s / len(seconds) - float(np.mean(seconds))), items
+    return Sampled(seconds, cpu_s / len(seconds), rank_cpu_s / len(seconds), items)
 
 
-def rank_times(setting: Setting, items: Sequence[Item]) -> tuple[list[float], float]:
-    """Seconds of a rank for each step with items at hand, and for taking an item that is ready."""
-    import ray
+SAMPLING = ("SamplerActor", "latency_server")
 
+
+def processor_s(*names: str) -> float:
+    """Processor time so far of the processes below this one that have one of the names, or of all of them."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            words = " ".join(process.cmdline())
+            if not names or any(name in words for name in names):
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.Error:
+            continue
+    return total
+
+
+def step_times(setting: Setting, items: Sequence[Item]) -> list[float]:
+    """Processor time of a rank for each step with items at hand."""
     learner = setting.learner()
     for _ in range(WARM_UP_STEPS):
         learner.step(items)
     seconds = []
     for _ in range(setting.num_steps):
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         learner.step(items)
-        seconds.append(time.perf_counter() - start_s)
-    references = [ray.put(item) for item in items]
-    start_s = time.perf_counter()
-    for reference in references:
-        ray.get(reference)
-    return seconds, (time.perf_counter() - start_s) / len(references)
+        seconds.append(time.process_time() - start_s)
+    return seconds
+
+
+def measured_times(near: Setting, far: Setting) -> dict[str, Times]:
+    """What the simulation needs to know of both places."""
+    alone, pair, distant = (
+        sample_alone(near, samplers=1),
+        sample_alone(near, samplers=2),
+        sample_alone(far, samplers=1),
+    )
+    common = {
+        "step_s": step_times(near, alone.items),
+        "delivery_s": alone.rank_cpu_s,
+        "crowded": max(1.0, pair.cpu_s / alone.cpu_s),
+    }
+    # items differ in time as measured; on average each takes the processor time that was measured
+    scale = alone.cpu_s / float(np.mean(alone.seconds))
+    waits = [max(0.0, seconds - distant.cpu_s) for seconds in distant.seconds]
+    return {
+        "folder": Times(sampler_cpu_s=[scale * seconds for seconds in alone.seconds], **common),
+        "latency": Times(sampler_cpu_s=[distant.cpu_s], sampler_io_s=waits, **common),
+    }
 
 
 def real_run(setting: Setting, *, samplers: int, lag: int) -> dict[str, float]:
-    """Speed and share of waiting of a real training, without its first steps."""
+    """Speed and share of waiting of a real training without its first steps, and what others had of the cores."""
     executor = setting.executor(samplers)
     learner = setting.learner()
     plan = setting.plan(lag=lag, num_steps=WARM_UP_STEPS + setting.num_steps + 2 * len(setting.slides))
@@ -161,33 +215,34 @@ def real_run(setting: Setting, *, samplers: int, lag: int) -> dict[str, float]:
     stream.publish(0, learner.model.attention)
     # every sampler opens the images it meets; two rounds over them leave few that it has not met
     warm_up = WARM_UP_STEPS + 2 * plan.steps_per_epoch
-    wait_s = start_s = 0.0
+    wait_s = start_s = start_others_s = 0.0
     for number in range(warm_up + setting.num_steps):
         if number == warm_up:
-            wait_s, start_s = 0.0, time.perf_counter()
+            wait_s, start_s, start_others_s = 0.0, time.perf_counter(), others_s()
         before_s = time.perf_counter()
         items = stream.next_step()
         wait_s += time.perf_counter() - before_s
         learner.step(items)
         stream.publish(stream.step, learner.model.attention)
-    elapsed_s = time.perf_counter() - start_s
+    elapsed_s, others = time.perf_counter() - start_s, others_s() - start_others_s
     executor.close()
     images = setting.num_steps * ITEMS_PER_STEP
-    return {"images_per_s": images / elapsed_s, "wait_share": wait_s / elapsed_s}
+    return {
+        "images_per_s": images / elapsed_s,
+        "wait_share": wait_s / elapsed_s,
+        "others_share": others / elapsed_s / (os.cpu_count() or 1),
+    }
+
+
+def others_s() -> float:
+    """Processor time so far of all that is not this process and those below it."""
+    machine = psutil.cpu_times()
+    return machine.user + machine.nice + machine.system - processor_s() - time.process_time()
 
 
 def check(size: Size, near: Setting, far: Setting) -> dict[str, object]:
     """Times, predictions and real runs of both places."""
-    near_s, call_s, items = sampler_times(near)
-    far_s, _, _ = sampler_times(far)
-    step_s, delivery_s = rank_times(near, items)
-    # what the far place takes longer is waiting, for which no core is needed
-    io_s = [max(0.0, seconds - float(np.mean(near_s))) for seconds in far_s]
-    common = {"step_s": step_s, "sampler_call_s": call_s, "delivery_s": delivery_s}
-    times = {
-        "folder": Times(sampler_cpu_s=near_s, **common),
-        "latency": Times(sampler_cpu_s=[float(np.mean(near_s))], sampler_io_s=io_s, **common),
-    }
+    times = measured_times(near, far)
     rows = []
     for place, setting in (("folder", near), ("latency", far)):
         for lag in size.lags:
@@ -209,7 +264,7 @@ def check(size: Size, near: Setting, far: Setting) -> dict[str, object]:
                     "lag": lag,
                     "samplers": samplers,
                     "real": real,
-                    "predicted": {name: predicted[name] for name in real},
+                    "predicted": {name: predicted[name] for name in real if name in predicted},
                     "predicted_over_real": predicted["images_per_s"] / real["images_per_s"],
                 }
                 print(json.dumps(row), flush=True)

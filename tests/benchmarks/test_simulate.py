@@ -48,11 +48,20 @@ def test_waiting_for_storage_takes_no_core_and_computing_does() -> None:
     assert elapsed(EVEN, samplers_per_rank=4, lag=1, cores=1) == pytest.approx(50 * (4 * 0.02 + 0.05))
 
 
-def test_calls_and_deliveries_cost_what_they_cost() -> None:
-    costly = Times(sampler_cpu_s=[0.02], step_s=[0.05], sampler_call_s=0.005, delivery_s=0.001)
+def test_deliveries_cost_what_they_cost() -> None:
+    costly = Times(sampler_cpu_s=[0.02], step_s=[0.05], delivery_s=0.001)
     # all deliveries but the last fall into the time in which the sampler makes the next item
-    wanted = 50 * (4 * 0.025 + 0.001 + 0.05)
+    wanted = 50 * (4 * 0.02 + 0.001 + 0.05)
     assert elapsed(costly, samplers_per_rank=1, lag=0) == pytest.approx(wanted)
+
+
+def test_cores_that_crowd_each_other_are_slower_only_together() -> None:
+    crowded = Times(sampler_cpu_s=[0.02], step_s=[0.05], crowded=1.5)
+    # two samplers at once, then the step alone
+    wanted = 50 * (2 * 0.02 * 1.5 + 0.05)
+    # a pair starts and ends its turns together but for the first turn of each
+    assert elapsed(crowded, samplers_per_rank=2, lag=0, cores=2) == pytest.approx(wanted, rel=0.02)
+    assert elapsed(crowded, samplers_per_rank=1, lag=0, cores=2) == pytest.approx(50 * (4 * 0.02 + 0.05))
 
 
 def test_even_ranks_are_as_fast_as_one_and_gradients_cost_their_round() -> None:
@@ -117,10 +126,13 @@ def test_measuring_predicting_and_running_once(digits: Any, tmp_path: Path, ray_
     assert len(times.sampler_cpu_s) >= QUICK.num_steps
     assert min(times.sampler_cpu_s) > 0
     assert len(times.step_s) == QUICK.num_steps
+    assert times.crowded >= 1
+    assert times.delivery_s > 0
     rows = found["check"]
     assert [(row["place"], row["lag"], row["samplers"]) for row in rows] == [
         (place, 2, samplers) for place in ("folder", "latency") for samplers in (1, 2)
     ]
     assert all(row["real"]["images_per_s"] > 0 and row["predicted_over_real"] > 0 for row in rows)
     # waiting 5 ms for each answer shows in what was measured there
-    assert np.mean(found["latency_times"]["sampler_io_s"]) > 0
+    far = found["latency_times"]
+    assert np.mean(far["sampler_io_s"]) + np.mean(far["sampler_cpu_s"]) > np.mean(times.sampler_cpu_s)
