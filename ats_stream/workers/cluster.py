@@ -50,6 +50,8 @@ def ray_cluster(config: ClusterConfig, *, cpus_needed: float) -> Iterator[None]:
     if owned:
         with keep_sigterm():
             _connect(config, cpus_needed)
+    elif config.address:
+        _check_answers(config.address)
     try:
         _check_resources(config, cpus_needed)
         yield
@@ -90,7 +92,19 @@ def _connect(config: ClusterConfig, cpus_needed: float) -> None:
             )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-        raise ClusterError(f"cannot reach {where}: {_first_line(error)}") from error
+        raise _unreachable(where, error) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise ClusterError if nobody listens at an address that was given although Ray runs here already."""
+    try:
+        _knock(address)
+    except OSError as error:
+        raise _unreachable(f"the Ray cluster at {address}", error) from error
+
+
+def _unreachable(where: str, error: BaseException) -> ClusterError:
+    return ClusterError(f"cannot reach {where}: {_first_line(error)}")
 
 
 def _knock(address: str) -> None:

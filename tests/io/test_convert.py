@@ -376,7 +376,8 @@ class Made:
         return self.tile[:, : key[1].stop - key[1].start, : key[2].stop - key[2].start]
 
 config = ConvertConfig(shard_px=1024, num_threads=2)
-write_pyramid(Made(512, 512), sys.argv[1] + "/warm", config)
+# large enough for compiled code, whose library is not what is measured
+write_pyramid(Made(4096, 4096), sys.argv[1] + "/warm", config)
 source = Made(int(sys.argv[2]), int(sys.argv[3]))
 before = status("VmRSS")
 write_pyramid(source, sys.argv[1] + "/a", config)

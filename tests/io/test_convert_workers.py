@@ -209,9 +209,10 @@ def test_pixel_sizes_of_a_table(slides, tmp_path):
 def test_a_pixel_size_that_disagrees_is_noted(slide_path, tmp_path):
     config = ConvertConfig(pixel_size_um=0.25, levels=1, tissue=False, profile="pass")
     summary = convert(slide_path, tmp_path / "a", config, progress=False)
-    assert summary.notes == ("pixel size 0.25 um was given, the slide states 0.499 x 0.499 um",)
+    assert "pixel size 0.25 um was given, the slide states 0.499 x 0.499 um" in summary.notes
     again = ConvertConfig(pixel_size_um=0.5, levels=1, tissue=False, profile="pass", overwrite=True)
-    assert convert(slide_path, tmp_path / "a", again, progress=False).notes == ()
+    notes = convert(slide_path, tmp_path / "a", again, progress=False).notes
+    assert not any("pixel size" in note for note in notes)
 
 
 def test_an_executor_of_this_process_is_the_default(slides, serial, tmp_path):
