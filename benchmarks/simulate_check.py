@@ -207,7 +207,7 @@ def measured_times(near: Setting, far: Setting) -> dict[str, Times]:
 
 
 def real_run(setting: Setting, *, samplers: int, lag: int) -> dict[str, float]:
-    """Speed and share of waiting of a real training without its first steps, and what others had of the cores."""
+    """Speed and share of waiting of a real training, and what others had of the cores."""
     executor = setting.executor(samplers)
     learner = setting.learner()
     plan = setting.plan(lag=lag, num_steps=WARM_UP_STEPS + setting.num_steps + 2 * len(setting.slides))
