@@ -310,7 +310,10 @@ class RankTrainer:
         for seen in evaluate(model, stream, self.ranks.device, before_step=self._leave_if_asked):
             outputs = torch.cat([outputs, torch.from_numpy(seen.outputs_K)[None]])
             rows.append(seen.item.visit.image)
-        all_outputs, all_rows = self.ranks.collect(outputs), self.ranks.collect(torch.tensor(rows))
+        all_outputs, all_rows = (
+            self.ranks.collect(outputs),
+            self.ranks.collect(torch.tensor(rows, dtype=torch.int64)),
+        )
         # in the order of the table, so that sums do not depend on the number of ranks
         order = all_rows.argsort()
         return self.task.numbers(all_outputs[order], self.job.targets_of_rows[all_rows[order]])
