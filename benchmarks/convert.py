@@ -21,7 +21,6 @@ Peers: pip install "ats-stream[bench]". What is missing is reported and left out
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import synthetic_slide
 from convert_engines import NUM_CORES, serve
-from machine import describe_machine, versions, warm
+from machine import describe_machine, print_contestants, store_result, versions, warm
 from synthetic_slide import SlideConfig
 
 if TYPE_CHECKING:
@@ -372,12 +371,7 @@ HEADS = {
 
 def print_case(found: dict[str, Any]) -> None:
     print(f"\n{found['what']}")
-    print(f"{'':24}" + "".join(f"{head:>14}" for head in HEADS.values()))
-    for one in found["contestants"]:
-        if "not_available" in one:
-            print(f"{one['name']:24}  not available: {one['not_available'][:160]}")
-        else:
-            print(f"{one['name']:24}" + "".join(f"{one.get(head, '-'):>14}" for head in HEADS), flush=True)
+    print_contestants(found["contestants"], HEADS, name_width=24, width=14)
 
 
 def print_targets(checks: Sequence[dict[str, Any]]) -> None:
@@ -407,11 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = Data(options.data, options.side, options.array_side, options.slide_side)
     result = run(data, options.cases, options.repetitions)
     print_targets(result["targets"])
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if result["pixels_differ"]:
-        print(f"pixels differ: {', '.join(result['pixels_differ'])}", file=sys.stderr)
-        return 1
-    return 0
+    return store_result(result, options.out)
 
 
 if __name__ == "__main__":

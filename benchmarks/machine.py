@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +76,28 @@ def warm(place: Path) -> None:
         with file.open("rb") as opened:
             while opened.read(16 << 20):
                 pass
+
+
+def print_contestants(
+    contestants: Sequence[dict[str, Any]], heads: dict[str, str], *, name_width: int, width: int
+) -> None:
+    """A line for each engine of a case; ``heads`` maps the numbers that are shown to their headings."""
+    print(f"{'':{name_width}}" + "".join(f"{head:>{width}}" for head in heads.values()))
+    for one in contestants:
+        if "not_available" in one:
+            print(f"{one['name']:{name_width}}  not available: {one['not_available'][:160]}")
+        else:
+            numbers = "".join(f"{one.get(head, '-'):>{width}}" for head in heads)
+            print(f"{one['name']:{name_width}}" + numbers, flush=True)
+
+
+def store_result(result: dict[str, Any], out: Path) -> int:
+    """Write a result as JSON; the exit code, which is 1 when engines gave different pixels."""
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    if result["pixels_differ"]:
+        print(f"pixels differ: {', '.join(result['pixels_differ'])}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _processor() -> str:

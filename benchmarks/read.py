@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 import synthetic_slide
 from latency_server import COUNTS, latency_server
-from machine import describe_machine, versions
+from machine import describe_machine, print_contestants, store_result, versions
 from read_cases import (
     CASES,
     DELAY_MS,
@@ -330,12 +330,7 @@ def print_case(found: dict[str, Any]) -> None:
         "requests",
         "peak_mib",
     )
-    print(f"{'':34}" + "".join(f"{_head(head):>11}" for head in heads))
-    for one in found["contestants"]:
-        if "not_available" in one:
-            print(f"{one['name']:34}  not available: {one['not_available'][:160]}")
-        else:
-            print(f"{one['name']:34}" + "".join(f"{one.get(head, '-'):>11}" for head in heads), flush=True)
+    print_contestants(found["contestants"], {head: _head(head) for head in heads}, name_width=34, width=11)
 
 
 def _head(name: str) -> str:
@@ -368,11 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = Data(options.data, SlideConfig(side_px=options.side), real if real and real.is_dir() else None)
     result = run(data, options.cases, options.repetitions)
     print_targets(result["targets"])
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if result["pixels_differ"]:
-        print(f"pixels differ: {', '.join(result['pixels_differ'])}", file=sys.stderr)
-        return 1
-    return 0
+    return store_result(result, options.out)
 
 
 if __name__ == "__main__":

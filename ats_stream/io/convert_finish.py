@@ -80,14 +80,7 @@ class _Finishing:
     def _put_picture(self, name: str, picture_CYX: Array) -> None:
         folder = f"associated/{name}"
         self._put_array(f"{folder}/0", "cyx", picture_CYX)
-        attributes = ngff.build_image(
-            name=name,
-            axes="cyx",
-            paths=["0"],
-            downsamples=[(1, 1)],
-            pixel_size_um=None,
-            channels=ngff.default_channels(picture_CYX.shape[0]),
-        )
+        attributes = ngff.build_picture(name, picture_CYX.shape[0])
         self._put_json(f"{folder}/zarr.json", ngff.group_json(attributes))
 
     def _put_array(self, folder: str, axes: str, array: Array) -> None:

@@ -150,6 +150,18 @@ def _omero_channel(channel: Channel, value_range: tuple[float, float]) -> dict[s
     }
 
 
+def build_picture(name: str, num_channels: int) -> dict[str, Any]:
+    """Attributes of the group of a picture (c, y, x) beside a pyramid: one level of unknown pixel size."""
+    return build_image(
+        name=name,
+        axes="cyx",
+        paths=["0"],
+        downsamples=[(1, 1)],
+        pixel_size_um=None,
+        channels=default_channels(num_channels),
+    )
+
+
 def build_labels_group(names: Sequence[str]) -> dict[str, Any]:
     """Attributes of the ``labels`` group that lists the label images of an image."""
     return {"ome": {"version": VERSION, "labels": list(names)}}

@@ -211,15 +211,7 @@ class PyramidWriter:
             )
         folder = f"associated/{name}"
         self._create_array(f"{folder}/0", image_CYX.shape, "cyx", image_CYX.dtype, 0).write_all(image_CYX)
-        attributes = ngff.build_image(
-            name=name,
-            axes="cyx",
-            paths=["0"],
-            downsamples=[(1, 1)],
-            pixel_size_um=None,
-            channels=ngff.default_channels(image_CYX.shape[0]),
-        )
-        self._write_group(folder, attributes)
+        self._write_group(folder, ngff.build_picture(name, image_CYX.shape[0]))
         self._associated.append(name)
 
     def _level(self, level: int) -> ArrayWriter:

@@ -152,8 +152,23 @@ class MultiLabel:
         }
 
 
+class _OneNumber:
+    """What the tasks have in common whose answer is a number."""
+
+    def probability(self, outputs_BK: Tensor) -> Tensor:
+        """The number itself."""
+        return outputs_BK
+
+    def answer(self, value_K: Sequence[float], outputs: Sequence[str]) -> str:  # noqa: ARG002  # the protocol's
+        """The number, written out."""
+        return f"{value_K[0]:.6g}"
+
+    def is_right(self, answer: str, label: str) -> None:
+        """Numbers are near or far, not right or wrong."""
+
+
 @dataclass(frozen=True)
-class Regression:
+class Regression(_OneNumber):
     """A number for each image: squared error."""
 
     score = "loss"
@@ -172,17 +187,6 @@ class Regression:
         """Squared error."""
         return (outputs_BK - target_BT).square().mean(1)
 
-    def probability(self, outputs_BK: Tensor) -> Tensor:
-        """The predicted value."""
-        return outputs_BK
-
-    def answer(self, value_K: Sequence[float], outputs: Sequence[str]) -> str:  # noqa: ARG002
-        """The value."""
-        return f"{value_K[0]:.6g}"
-
-    def is_right(self, answer: str, label: str) -> None:
-        """Values are near or far."""
-
     def numbers(self, outputs_BK: Tensor, target_BT: Tensor) -> dict[str, float]:
         """Mean squared and absolute error, and the share of the variance that is explained."""
         error_BT = (outputs_BK - target_BT).double()
@@ -193,7 +197,7 @@ class Regression:
 
 
 @dataclass(frozen=True)
-class Survival:
+class Survival(_OneNumber):
     """Time until an event that may not have been seen (column ``time``; label 1 seen, 0 censored): Cox's
     proportional hazards.
 
@@ -230,17 +234,6 @@ class Survival:
         log_sum_B = torch.where(at_risk_BB, risk_B[None, :], -math.inf).logsumexp(1)
         num_events = event_B.sum().clamp(min=1)
         return event_B * (log_sum_B - risk_B) * (len(risk_B) / num_events)
-
-    def probability(self, outputs_BK: Tensor) -> Tensor:
-        """The log of the hazard ratio."""
-        return outputs_BK
-
-    def answer(self, value_K: Sequence[float], outputs: Sequence[str]) -> str:  # noqa: ARG002
-        """The log of the hazard ratio."""
-        return f"{value_K[0]:.6g}"
-
-    def is_right(self, answer: str, label: str) -> None:
-        """Hazards are compared with each other."""
 
     def numbers(self, outputs_BK: Tensor, target_BT: Tensor) -> dict[str, float]:
         """Loss over the whole split, and Harrell's concordance."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ats_stream.errors import CheckpointError, PreemptedError
@@ -141,11 +142,12 @@ class RankTrainer:
             extra_epochs=config.extra_epochs,
             weights=None if job.visit_weights is None else tuple(job.visit_weights),
         )
+        self.targets_RT = job.targets_of_rows
         self.learner = Learner(
             job.config,
             ranks,
             num_steps=self.plan.num_steps,
-            target_RT=job.targets_of_rows,
+            target_RT=self.targets_RT,
             weight_R=job.loss_weights_of_rows,
         )
         self.task = self.learner.task
@@ -305,15 +307,15 @@ class RankTrainer:
         )
         model = self.learner.best_guess
         stream.publish(0, model.attention)
-        outputs = torch.empty(0, self.job.config.model.num_classes)
+        outputs: list[Any] = []
         rows: list[int] = []
         for seen in evaluate(model, stream, self.ranks.device, before_step=self._leave_if_asked):
-            outputs = torch.cat([outputs, torch.from_numpy(seen.outputs_K)[None]])
+            outputs.append(seen.outputs_K)
             rows.append(seen.item.visit.image)
-        all_outputs, all_rows = (
-            self.ranks.collect(outputs),
-            self.ranks.collect(torch.tensor(rows, dtype=torch.int64)),
-        )
+        # a rank may have none
+        outputs_BK = np.array(outputs, np.float32).reshape(-1, self.job.config.model.num_classes)
+        all_outputs = self.ranks.collect(torch.from_numpy(outputs_BK))
+        all_rows = self.ranks.collect(torch.tensor(rows, dtype=torch.int64))
         # in the order of the table, so that sums do not depend on the number of ranks
         order = all_rows.argsort()
-        return self.task.numbers(all_outputs[order], self.job.targets_of_rows[all_rows[order]])
+        return self.task.numbers(all_outputs[order], self.targets_RT[all_rows[order]])
