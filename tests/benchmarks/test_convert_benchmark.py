@@ -12,7 +12,8 @@ from ats_stream.io import open_pyramid
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return convert.Data(tmp_path_factory.mktemp("convert"), 1024, 1024, 1024)
+    sides = ("side_px", "lossless_side_px", "array_side_px", "slide_side_px")
+    return convert.Data(tmp_path_factory.mktemp("convert"), **dict.fromkeys(sides, 1024))
 
 
 def only(case, *engines):
@@ -79,6 +80,7 @@ def test_an_engine_that_fails_is_reported_and_the_others_are_measured(data, tmp_
 def test_targets_compare_with_bounds_and_peers():
     lossless = [
         {"name": "ats-stream", "mpix_per_s": 50.0, "mpix_per_cpu_s": 41.0},
+        {"name": "ats-stream, one thread", "mpix_per_cpu_s": 41.0},
         {"name": "re-encoding alone", "mpix_per_cpu_s": 60.0},
         {"name": "ngff-zarr", "mpix_per_s": 10.0},
         {"name": "ome-zarr-py", "mpix_per_s": 11.0},
@@ -90,7 +92,7 @@ def test_targets_compare_with_bounds_and_peers():
     cpu = "lossless: mpix_per_cpu_s of ats-stream"
     speed = "lossless: mpix_per_s of ats-stream over"
     assert checks[f"{cpu}, at least"] == (41.0, True)
-    assert checks[f"{cpu} over re-encoding alone, at least"] == (0.6833, False)
+    assert checks[f"{cpu}, one thread over re-encoding alone, at least"] == (0.6833, False)
     assert checks[f"{speed} ngff-zarr, at least"] == (5.0, True)
     assert checks[f"{speed} ome-zarr-py, at least"] == (4.5455, False)
     assert checks[f"{speed} ngff-zarr bin-shrink, at least"] == (None, None)

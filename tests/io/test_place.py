@@ -69,6 +69,32 @@ def test_compiled_placing_gives_the_bytes_of_plain_placing(seed):
     np.testing.assert_array_equal(*results)
 
 
+class InterleavedSource(MemorySource):
+    """Chunks as decoders of JPEG put them out: the channels of a pixel beside each other."""
+
+    def decode(self, raw):
+        begin = [p * c for p, c in zip(raw.place, self.chunk_shape, strict=True)]
+        box = self.array[tuple(slice(a, a + c) for a, c in zip(begin, self.chunk_shape, strict=True))]
+        return np.ascontiguousarray(box.transpose(1, 2, 0)).transpose(2, 0, 1)
+
+
+@given(seed=st.integers(0, 2**32), channels=st.sampled_from([1, 2, 3, 3, 3, 4]))
+def test_interleaved_colours_are_taken_apart(seed, channels):
+    rng = np.random.default_rng(seed)
+    shape, chunk, size = ((channels, *rng.integers(1, n, 2).tolist()) for n in (200, 150, 150))
+    array = rng.integers(0, 2**8, shape).astype(np.uint8)
+    offsets = np.column_stack([np.zeros(2, np.int64), rng.integers(-40, 150, (2, 2))])
+    plan = plan_patches(shape, chunk, chunk, offsets, size)
+    job = ReadJob(source=InterleavedSource(array, chunk, rng), plan=plan, rows_N=None, level=0, cache=None)
+    chunks = list(enumerate(map(job.source.raw, plan.chunks.tolist())))
+    results = []
+    for compiled in (False, True):
+        around = np.full((2, channels, size[1] + 2, size[2] + 66), 7, np.uint8)
+        Placer(job, around[:, :, 1:-1, 33:-33], compiled=compiled).place(chunks)
+        results.append(around)
+    np.testing.assert_array_equal(*results)
+
+
 def test_a_chunk_smaller_than_what_is_read_of_it_is_an_error():
     plan = plan_patches((1, 8, 8), (1, 8, 8), (1, 8, 8), [[0, 0, 0]], (1, 8, 8))
     source = MemorySource(np.zeros((1, 8, 7), np.uint8), (1, 8, 8), np.random.default_rng(0))
