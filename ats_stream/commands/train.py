@@ -8,9 +8,10 @@ each image the model reads a level of low resolution whole (--view-downsample 32
 wide) and --patches patches of full resolution, drawn from its own attention. A small image needs a finer
 view, such as --view-downsample 8.
 
-The run folder receives config.yaml, metrics.jsonl, checkpoints/ and tensorboard/. The same command again
-takes an interrupted run up at its last checkpoint. SIGTERM saves the run after the step under way and ends it
-with exit code 75: the same command goes on from there, with the numbers of a run that was never stopped.
+The run folder receives config.yaml, metrics.jsonl, ledger.jsonl (every visit to an image), checkpoints/ and
+tensorboard/. The same command again takes an interrupted run up at its last checkpoint. SIGTERM saves the run
+after the step under way and ends it with exit code 75: the same command goes on from there, with the numbers
+of a run that was never stopped.
 
   ats-stream train archive.csv --out runs/two-ranks --executor ray --ranks 2
 

@@ -7,9 +7,13 @@ anywhere and go on, and any executor delivers the same items.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+KEPT_EPOCHS = 2
+"""Epochs whose order a plan keeps."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,7 @@ class Plan:
     def visits(self, step: int) -> tuple[Visit, ...]:
         """The visits of one step, ``batch_size`` of them, over all ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = self.order(epoch)
-        repeats = _earlier_visits(order) if self.weights is not None else np.zeros_like(order)
+        order, repeats = self._epoch(epoch)
         slots = np.arange(step_in_epoch * self.batch_size, (step_in_epoch + 1) * self.batch_size)
         num_real = int((slots < len(order)).sum())
         return tuple(
@@ -152,7 +155,7 @@ class Plan:
                 image=int(order[slot % len(order)]),
                 step=step,
                 stream_id=(epoch << 32)
-                + int(repeats[slot % len(order)]) * (max(self.images) + 1)
+                + int(repeats[slot % len(order)]) * self._num_rows
                 + int(order[slot % len(order)]),
                 version=self.version_of(step),
                 share=1.0 / num_real if slot < len(order) else 0.0,
@@ -160,6 +163,28 @@ class Plan:
             )
             for slot in slots
         )
+
+    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Order of an epoch, and how often each image came before in it.
+
+        A step asks for as many entries as it has images, so the last epochs asked for are kept: a stream that
+        runs ahead, and the ledger, stand in two at a time.
+        """
+        if epoch not in self._epochs:
+            order = self.order(epoch)
+            repeats = _earlier_visits(order) if self.weights is not None else np.zeros_like(order)
+            while len(self._epochs) >= KEPT_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = order, repeats
+        return self._epochs[epoch]
+
+    @cached_property
+    def _epochs(self) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        return {}
+
+    @cached_property
+    def _num_rows(self) -> int:
+        return max(self.images) + 1
 
     def visits_of_rank(self, step: int, rank: int, world_size: int) -> tuple[Visit, ...]:
         """The part of a step that one rank trains on; ValueError if ranks do not divide the batch."""

@@ -74,6 +74,8 @@ class Item:
     """Bytes of the full-resolution level that these decoded to (whole chunks, absent ones counted)."""
     seconds: float
     """Time that the sampler took."""
+    bad: str | None = None
+    """Why the image could not be read, if so: the arrays then hold nothing, and the visit's share is 0."""
 
     @property
     def num_bytes(self) -> int:

@@ -24,6 +24,7 @@ from ats_stream.workers.checkpoint import latest_checkpoint, load_checkpoint, sa
 from ats_stream.workers.config import ClusterConfig, RunConfig, check_same
 from ats_stream.workers.executors import make_executor
 from ats_stream.workers.learner import Learner
+from ats_stream.workers.ledger import FLUSH_STEPS, Ledger, keep_ledger
 from ats_stream.workers.metrics import MetricsLog, Record
 from ats_stream.workers.plan import Plan
 from ats_stream.workers.protocol import AttentionWeights
@@ -59,6 +60,22 @@ class TrainJob:
 
     storage_options: StorageOptions = field(default_factory=StorageOptions)
     """For the URLs among the slides; no part of the configuration, which is written down."""
+
+    @property
+    def plan(self) -> Plan:
+        """All visits of the training."""
+        trainer = self.config.trainer
+        return Plan(
+            images=self.train_rows,
+            batch_size=trainer.batch_size,
+            num_epochs=trainer.num_epochs,
+            seed=trainer.seed,
+            lag=trainer.lag,
+            publish_interval=trainer.publish_interval,
+            extra_patches=trainer.extra_patches,
+            extra_epochs=trainer.extra_epochs,
+            weights=None if self.visit_weights is None else tuple(self.visit_weights),
+        )
 
     @property
     def targets_of_rows(self) -> torch.Tensor:
@@ -113,6 +130,7 @@ def train_rank(
         trainer.resume()
         log = None
         if ranks.rank == 0:
+            trainer.keep_ledger()
             log = MetricsLog(
                 Path(job.run_dir), resumed_step=trainer.stream.step, on_record=on_record, on_step=on_step
             )
@@ -131,17 +149,7 @@ class RankTrainer:
     def __init__(self, job: TrainJob, ranks: Ranks, executor: Executor) -> None:
         config = job.config.trainer
         self.job, self.ranks, self.executor, self.config = job, ranks, executor, config
-        self.plan = Plan(
-            images=job.train_rows,
-            batch_size=config.batch_size,
-            num_epochs=config.num_epochs,
-            seed=config.seed,
-            lag=config.lag,
-            publish_interval=config.publish_interval,
-            extra_patches=config.extra_patches,
-            extra_epochs=config.extra_epochs,
-            weights=None if job.visit_weights is None else tuple(job.visit_weights),
-        )
+        self.plan = job.plan
         self.targets_RT = job.targets_of_rows
         self.learner = Learner(
             job.config,
@@ -151,6 +159,7 @@ class RankTrainer:
             weight_R=job.loss_weights_of_rows,
         )
         self.task = self.learner.task
+        self.ledger = Ledger(Path(job.run_dir), self.plan, ranks)
         self.best = BestModel(higher_is_better=self.task.higher_is_better)
         self.totals = Totals()
         self._saved_step = 0
@@ -200,6 +209,10 @@ class RankTrainer:
         first = self.ranks.rank == 0
         self.totals = Totals(state["totals"] if first else dict.fromkeys(state["totals"], 0.0))
 
+    def keep_ledger(self) -> None:
+        """Cut off what the ledger tells of steps after the checkpoint that was taken up."""
+        keep_ledger(Path(self.job.run_dir), self.stream.step, epoch_is_open=self._epoch_is_open)
+
     def checkpoint(self, *, is_best: bool = False) -> None:
         """Save everything that moves (rank 0; of all but the totals the other ranks hold the same)."""
         totals = self.totals.over(self.ranks)
@@ -242,6 +255,8 @@ class RankTrainer:
                 self._end_epoch(log)
             elif step % interval == 0:
                 self._save()
+            elif step % FLUSH_STEPS == 0:
+                self.ledger.flush()
 
     def _end_epoch(self, log: MetricsLog | None) -> None:
         """Validate, write the metrics, and save."""
@@ -258,6 +273,7 @@ class RankTrainer:
         self._save(is_best=is_best)
 
     def _save(self, *, is_best: bool = False) -> None:
+        self.ledger.flush()
         self.checkpoint(is_best=is_best)
         self.ranks.report({"step": self.stream.step})
 
@@ -272,7 +288,9 @@ class RankTrainer:
     def step(self) -> dict[str, float]:
         """One optimiser step; the sums that the metrics are made of."""
         start_s = time.perf_counter()
+        step = self.stream.step
         items = self.stream.next_step()
+        self.ledger.note(step, items)
         wait_s = time.perf_counter() - start_s
         sums = self.learner.step(items, meanwhile=self._stage_ahead)
         self.stream.publish(self.stream.step, self.learner.model.attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -180,3 +181,27 @@ def test_extra_patches_fall_from_epoch_to_epoch_and_are_alike_within_one(plan: P
     assert per_epoch == sorted(per_epoch, reverse=True)
     assert per_epoch[0] == (plan.extra_patches if plan.extra_epochs else 0)
     assert not any(per_epoch[plan.extra_epochs :])
+
+
+@given(plans(), st.data())
+def test_steps_asked_for_in_any_order_are_those_of_a_fresh_plan(plan: Plan, data: st.DataObject) -> None:
+    for step in data.draw(st.lists(st.integers(0, plan.num_steps - 1), max_size=9)):
+        assert plan.visits(step) == dataclasses.replace(plan).visits(step)
+    assert plan == dataclasses.replace(plan)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_epochs_order_is_made_once_for_all_its_steps(
+    monkeypatch: pytest.MonkeyPatch, weighted: bool
+) -> None:
+    asked: list[int] = []
+    order = Plan.order
+    monkeypatch.setattr(Plan, "order", lambda self, epoch: asked.append(epoch) or order(self, epoch))
+    weights = tuple(1.0 + n % 3 for n in range(100)) if weighted else None
+    plan = Plan(images=tuple(range(100)), batch_size=4, num_epochs=4, seed=0, weights=weights)
+    for step in range(75):
+        plan.visits(step)  # as the ledger
+        plan.visits(step + 20)  # as a stream that runs ahead
+    assert asked == [0, 1, 2, 3]
+    assert len(plan._epochs) == 2

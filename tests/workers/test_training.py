@@ -15,6 +15,7 @@ from ats_stream.errors import ArchiveError, CheckpointError, InputError, SlideEr
 from ats_stream.workers import ClusterConfig, RunConfig, TrainerConfig, train
 from ats_stream.workers.checkpoint import load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, check_same
+from ats_stream.workers.ledger import LEDGER_FILE
 from ats_stream.workers.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def test_a_run_folder_holds_configuration_metrics_checkpoints_and_scalars(
 ) -> None:
     result, seen = trained
     found = {path.name for path in result.run_dir.iterdir()}
-    assert found == {CONFIG_FILE, METRICS_FILE, TENSORBOARD_FOLDER, "checkpoints"}
+    assert found == {CONFIG_FILE, LEDGER_FILE, METRICS_FILE, TENSORBOARD_FOLDER, "checkpoints"}
     assert result.metrics == seen == read_metrics(result.run_dir)
     assert [(r["phase"], r["epoch"]) for r in seen] == [("train", 1), ("val", 1), ("train", 2), ("val", 2)]
     assert result.checkpoint == result.run_dir / "checkpoints" / "step-00000004.pt"
