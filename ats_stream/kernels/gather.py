@@ -64,7 +64,8 @@ def gather_crops(
     tensor([[[-1.0000,  1.0000],
              [ 0.2000,  0.4000]]])
     """
-    check_kinds(dtype, crops_NCS=crops_NCS, scale_C=scale_C, shift_C=shift_C)
+    constants = {"scale_C": scale_C, "shift_C": shift_C}
+    check_kinds(dtype, orientation_N, intensity_N2, crops_NCS=crops_NCS, **constants)
     moves = beside(scale_C, orientation_N, intensity_N2)
     call = CropsCall(crops_NCS, scale_C, shift_C, dtype, is_interleaved, channels_last, *moves)
     call.check()
@@ -104,7 +105,9 @@ def gather_patches(
     <BLANKLINE>
             [[20., 30.]]])
     """
-    check_kinds(dtype, image_N=image_N, offsets_ND=offsets_ND, scale_C=scale_C, shift_C=shift_C)
+    tensors = {"image_N": image_N, "offsets_ND": offsets_ND, "scale_C": scale_C, "shift_C": shift_C}
+    tables = {name: getattr(table, name) for name in ("pixels_L", "starts_T", "images_I7")}
+    check_kinds(dtype, orientation_N, intensity_N2, **tables, **tensors)
     call = PatchesCall(
         table.pixels_L,
         table.starts_T,

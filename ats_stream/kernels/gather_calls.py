@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ats_stream.errors import InputError
+from ats_stream.kernels.checks import check_tensors
 from ats_stream.kernels.orientation import NUM_AXES, NUM_CODES, source_size
 from ats_stream.kernels.table import MAX_ENTRIES, MAX_SIDE, PIXEL_TYPES, ChunkTable
 
@@ -179,12 +180,17 @@ def beside(
     )
 
 
-def check_kinds(dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
+def check_kinds(
+    dtype: torch.dtype,
+    orientation_N: torch.Tensor | None,
+    intensity_N2: torch.Tensor | None,
+    **tensors: torch.Tensor,
+) -> None:
     """Raise InputError for arguments of the wrong kind, which the operator would refuse in other words."""
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
-        if name in ("scale_C", "shift_C") and torch.is_grad_enabled() and value.requires_grad:
+    moves = {"orientation_N": orientation_N, "intensity_N2": intensity_N2}
+    check_tensors(**tensors, **{name: value for name, value in moves.items() if value is not None})
+    for name in ("scale_C", "shift_C"):
+        if torch.is_grad_enabled() and tensors[name].requires_grad:
             raise InputError(f"{name} requires a gradient, expected constants: the operator has none")
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype is {dtype!r}, expected one of {_listed(OUTPUT_TYPES)}")
@@ -195,8 +201,6 @@ def _check_pixels(name: str, pixels: torch.Tensor) -> None:
         raise InputError(f"{name} is on {pixels.device}, expected cpu or cuda")
     if pixels.dtype not in PIXEL_TYPES:
         raise InputError(f"{name} is {pixels.dtype}, expected one of {_listed(PIXEL_TYPES)}")
-    if pixels.layout != torch.strided:
-        raise InputError(f"{name} has layout {pixels.layout}, expected torch.strided")
     if pixels.requires_grad and torch.is_grad_enabled():
         raise InputError(f"{name} requires a gradient: the operator has none")
 
@@ -232,8 +236,6 @@ def _check_tensor(
         raise InputError(f"{name} is {value.dtype}, expected {dtype}")
     if tuple(value.shape) != shape:
         raise InputError(f"{name} has shape {tuple(value.shape)}, expected {shape}, {what}")
-    if value.layout != torch.strided:
-        raise InputError(f"{name} has layout {value.layout}, expected torch.strided")
     if not value.is_contiguous():
         raise InputError(f"{name} has strides {tuple(value.stride())}, expected a contiguous tensor")
 

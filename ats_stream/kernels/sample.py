@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ats_stream.errors import InputError
 from ats_stream.kernels.arithmetic import NUM_LEVELS
+from ats_stream.kernels.checks import check_tensors
 from ats_stream.kernels.launch import Launch, launch_on_current_stream, require_cupy
 from ats_stream.kernels.sample_cpu import is_compiled, is_torch_forced, race_cpu
 
@@ -88,6 +89,11 @@ def sample_race(
     >>> found.index.tolist(), found.peak.tolist()
     ([[1, 2]], [0.0])
     """
+    check_tensors(logits_BM=logits_BM, seed=seed, stream_ids_B=stream_ids_B)
+    if global_index is not None:
+        check_tensors(global_index=global_index)
+    if not isinstance(num_kept, (int, torch.SymInt)):
+        raise InputError(f"num_kept is {num_kept!r}, expected a whole number")
     return Arrivals(*_sample_race(logits_BM, num_kept, seed, stream_ids_B, by_logit, global_index))
 
 

@@ -13,6 +13,7 @@ from patch_cases import GEOMETRIES, LAYOUTS, Made, make, random_pixels
 from ats_stream.kernels import ChunkTable, gather_crops, gather_patches
 from ats_stream.kernels.feeder import DeviceFeeder
 from ats_stream.kernels.gather_calls import OUTPUT_TYPES, PatchesCall
+from ats_stream.kernels.launch import require_cupy
 from ats_stream.kernels.resident import ChunkedImage, ResidentChunks
 from ats_stream.kernels.table import PIXEL_TYPES
 
@@ -158,6 +159,31 @@ def test_resident_chunks_give_the_patches_of_the_image() -> None:
         for patch, (y, x) in zip(got.cpu(), offsets_ND.tolist(), strict=True):
             assert torch.equal(patch, image_CYX[:, y : y + 24, x : x + 24].float())
     assert (pool.num_misses, pool.num_hits) == (16, 32)
+
+
+def test_outputs_may_have_more_than_two_to_the_31_elements() -> None:
+    # 2.2e9 pixels of 15 thousand crops: 2.2 GB in, 4.5 GB out
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    shape = (14_900, 3, 224, 224)
+    crops_NCS = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE, generator=generator)
+    assert crops_NCS.numel() > 1 << 31
+    one_C, none_C = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    table = ChunkTable.of_images(crops_NCS)
+    index_N = torch.arange(len(crops_NCS), device=DEVICE)
+    offsets_ND = torch.zeros(len(crops_NCS), 2, dtype=torch.int64, device=DEVICE)
+    for out_NCS in (
+        gather_crops(crops_NCS, one_C, none_C, torch.bfloat16),
+        gather_patches(table, index_N, offsets_ND, shape[2:], one_C, none_C, torch.bfloat16),
+    ):
+        for part, expected in zip(out_NCS.split(500), crops_NCS.split(500), strict=True):
+            assert torch.equal(part, expected.to(torch.bfloat16))
+
+
+def test_nothing_is_allocated_by_cupy() -> None:
+    cupy = require_cupy(DEVICE)
+    check(make(GEOMETRIES[1], LAYOUTS[1], torch.uint8, torch.float32))
+    assert cupy.get_default_memory_pool().total_bytes() == 0
+    assert cupy.get_default_pinned_memory_pool().n_free_blocks() == 0
 
 
 def test_a_graph_replays_it() -> None:

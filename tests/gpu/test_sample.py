@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
 
+from ats_stream.kernels.launch import require_cupy
 from ats_stream.kernels.sample import MAX_KEPT, Arrivals, is_handled, sample_race
 from ats_stream.kernels.sample_cpu import compiled_path
 from ats_stream.sampling import SCHEMES, draw
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
+DEVICE = torch.device("cuda", 0)
 NEVER = float("-inf")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _with_cupy() -> None:
-    pytest.importorskip("cupy", reason="needs CuPy")
+SMALL = ("test_small_maps_of_every_dtype",)
 
 
 def normal(seed: int, *shape: int, spread: float = 2.0) -> torch.Tensor:
@@ -41,21 +41,28 @@ def check(logits_BM: torch.Tensor, num_kept: int, **options: object) -> None:
         assert torch.equal(one.view(torch.int64), other.view(torch.int64)), field.name
 
 
-@pytest.mark.parametrize("num_positions", [1, 5, 1023, 4099, 100_001])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_size(dtype: torch.dtype, num_positions: int) -> None:
-    logits_BM = normal(num_positions, 3, num_positions).to(dtype)
-    logits_BM[1, 1:] = NEVER
-    for num_kept in (1, 65, MAX_KEPT):
-        for by_logit in (False, True):
+def check_sizes(sizes: Sequence[int], numbers_kept: Sequence[int]) -> None:
+    for dtype, num_positions in itertools.product(DTYPES, sizes):
+        logits_BM = normal(num_positions, 3, num_positions).to(dtype)
+        logits_BM[1, 1:] = NEVER
+        for num_kept, by_logit in itertools.product(numbers_kept, (False, True)):
             check(logits_BM, num_kept, by_logit=by_logit)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 50.0, 1e4, 1e9, 1e30])
-def test_near_and_far_logits(spread: float) -> None:
-    check(normal(1, 2, 50_000, spread=spread), 33)
-    check(normal(1, 2, 50_000, spread=spread).float(), 33)
-    check(normal(1, 2, 50_000, spread=spread).sort(dim=1).values.float(), 33)
+def test_small_maps_of_every_dtype() -> None:
+    # parts, full lists, sorts on the way and their merging, at a size for compute-sanitizer
+    check_sizes([5, 1023, 20_001], [1, 65])
+
+
+def test_every_dtype_and_size() -> None:
+    check_sizes([1, 4099, 100_001], [1, 65, MAX_KEPT])
+
+
+def test_near_and_far_logits() -> None:
+    for spread in (0.0, 1.0, 50.0, 1e4, 1e9, 1e30):
+        check(normal(1, 2, 50_000, spread=spread), 33)
+        check(normal(1, 2, 50_000, spread=spread).float(), 33)
+        check(normal(1, 2, 50_000, spread=spread).sort(dim=1).values.float(), 33)
 
 
 def test_names_and_layouts() -> None:
@@ -70,8 +77,29 @@ def test_sixteen_million_logits() -> None:
     check(normal(0, 16, 1_000_000).float(), 65)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_draw_is_that_of_the_cpu_and_of_torch_on_the_device(scheme: str) -> None:
+def test_a_thousand_million_logits() -> None:
+    # drawn on the device: the CPU reads the same bits
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits_BM = torch.randn(1, 10**9, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    got, expected = race(logits_BM, 65), race(logits_BM.cpu(), 65)
+    assert torch.equal(got.index.cpu(), expected.index)
+    assert torch.equal(got.levels.cpu(), expected.levels)
+    assert int(got.index.max()) > 1 << 28
+
+
+def test_nothing_is_allocated_by_cupy() -> None:
+    cupy = require_cupy(DEVICE)
+    check(normal(4, 2, 50_000).float(), 9)
+    assert cupy.get_default_memory_pool().total_bytes() == 0
+    assert cupy.get_default_pinned_memory_pool().n_free_blocks() == 0
+
+
+def test_a_draw_is_that_of_the_cpu_and_of_torch_on_the_device() -> None:
+    for scheme in SCHEMES:
+        check_draw(scheme)
+
+
+def check_draw(scheme: str) -> None:
     logits_BM = normal(3, 4, 128 * 96).float()
     logits_BM[1, 500:] = NEVER
     assert is_handled(logits_BM.cuda(), 17)

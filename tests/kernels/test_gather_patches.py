@@ -291,6 +291,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "patch-axes": ({"patch": (4, 4, 4)}, r"a patch of \(4, 4, 4\) does not fit chunks of"),
     "channels": ({"scale_C": ONE[:2], "shift_C": ONE[:2]}, "scale_C has 2 channels, the images have 3"),
     "shift-long": ({"shift_C": torch.ones(4)}, r"shift_C has shape \(4,\), expected \(3,\)"),
+    "orientation-list": ({"orientation_N": [0, 0]}, "orientation_N is a list, expected a torch.Tensor"),
+    "intensity-list": ({"intensity_N2": [[1, 0]] * 2}, "intensity_N2 is a list, expected a torch.Tensor"),
+    "offsets-sparse": ({"offsets_ND": OFFSETS.to_sparse()}, "offsets_ND has layout torch.sparse_coo"),
     "orientation-type": ({"orientation_N": MOVES.int()}, "orientation_N is torch.int32"),
     "orientation-long": ({"orientation_N": MOVES.repeat(2)}, r"orientation_N has shape \(4,\)"),
     "orientation-unknown": (
@@ -332,6 +335,29 @@ def test_a_table_that_lies_is_refused_by_the_operator_too() -> None:
     images_I7[1, 0] += 1
     with pytest.raises(InputError, match="images_I7 does not fit"):
         by_operator(made.call._replace(images_I7=images_I7))
+
+
+def test_chunks_may_lie_beyond_two_to_the_31_elements(module: CpuModule | None) -> None:
+    # only the pages of the chunks that are written and read take memory
+    num_elements, side = (1 << 32) + 1777, 16
+    pixels_L = torch.empty(num_elements, dtype=torch.uint8)
+    size = 3 * side * side
+    starts = [(1 << 31) - 5, num_elements - size, (1 << 32) - 800]
+    images = random_pixels(np.random.default_rng(1), torch.uint8, (3, 3, side, side))
+    for start, image in zip(starts, images, strict=True):
+        pixels_L[start : start + size] = image.flatten()
+    table = ChunkTable.of_chunks(pixels_L, starts, [(side, side)] * 3, (side, side), num_channels=3)
+    image_N, offsets_ND = torch.arange(3), torch.tensor([[0, 0], [-2, 3], [5, -1]])
+    expected = [call_with((8, 8), table=ChunkTable.of_images(images), image_N=image_N, offsets_ND=offsets_ND)]
+    for is_compiled in (True, False):
+        with compiled_path(is_compiled):
+            expected.append(call_with((8, 8), table=table, image_N=image_N, offsets_ND=offsets_ND))
+    if module is not None:
+        fields = (table.pixels_L, table.starts_T, table.images_I7, image_N, offsets_ND, ONE, ONE)
+        call = PatchesCall(*fields, [side, side], 3, False, [8, 8], torch.float32)
+        expected.append(by_kernel(module, call))
+    assert all(torch.equal(one, expected[0]) for one in expected)
+    assert len(expected[0].unique()) > 100
 
 
 def test_far_offsets_are_outside() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,16 @@ BAD = {
     "streams of other rows": (arguments(logits(2, 9), stream_ids_B=torch.arange(3)), r"\(2,\), got.*\(3,\)"),
     "short streams": (arguments(logits(2, 9), stream_ids_B=torch.arange(2).int()), "got torch.int32"),
     "names of another map": (arguments(logits(2, 9), global_index=torch.arange(8)), r"\(9,\) or \(2, 9\)"),
+    "a list": (
+        {**arguments(logits(2, 9)), "logits_BM": [[0.0]]},
+        "logits_BM is a list, expected a torch.Tensor",
+    ),
+    "an array": ({**arguments(logits(2, 9)), "logits_BM": logits(2, 9).numpy()}, "logits_BM is a ndarray"),
+    "sparse": ({**arguments(logits(2, 9)), "logits_BM": logits(2, 9).to_sparse()}, "layout torch.sparse_coo"),
+    "part of an arrival": (arguments(logits(2, 9), 1.5), "num_kept is 1.5, expected a whole number"),  # type: ignore[arg-type]  # the test
+    "a number as seed": (arguments(logits(2, 9), seed=5), "seed is a int, expected a torch.Tensor"),
+    "streams in a list": (arguments(logits(2, 9), stream_ids_B=[0, 1]), "stream_ids_B is a list"),
+    "names in a list": (arguments(logits(2, 9), global_index=[0] * 9), "global_index is a list"),
     "elsewhere": (arguments(logits(2, 9), seed=torch.zeros((), dtype=torch.int64, device="meta")), "on meta"),
 }
 
@@ -57,6 +68,15 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         sample_race(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_views_that_are_not_contiguous_are_read_as_they_are(dtype: torch.dtype) -> None:
+    whole = logits(6, 90).to(dtype)
+    for logits_BM in (whole[::2, 3:70], whole[:, ::3], whole.t(), whole[:1].expand(3, -1)):
+        got, expected = (sample_race(**arguments(one)) for one in (logits_BM, logits_BM.contiguous()))
+        for field in fields(Arrivals):
+            assert torch.equal(getattr(got, field.name), getattr(expected, field.name)), field.name
 
 
 def test_the_cuda_path_refuses_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
