@@ -254,9 +254,10 @@ def _check_level(
     tiles, form = found
     source = parts.sources[number]
     absent = np.argwhere(tiles.nbytes == 0)
-    # elsewhere a tile without bytes is damage, and reading it an error
-    if len(absent) and isinstance(source, TiffLevel) and source.is_color:
-        raise ValueError(f"{tile_name(absent[0])} has no bytes")
+    lost = np.argwhere((tiles.nbytes == 0) & (tiles.offset != 0))
+    # reading it is an error too
+    if len(lost) and isinstance(source, TiffLevel) and source.is_color:
+        raise ValueError(f"{tile_name(lost[0])} has no bytes")
     if len(absent) and isinstance(source, OpenSlideLevel) and len(set(source.background.tolist())) > 1:
         raise ValueError(f"tiles are missing on a background of {source.background.tolist()}")
     largest = int(tiles.nbytes.max())
@@ -304,7 +305,7 @@ def _fill_value(source: Any, tiles: StoredTiles) -> int:
     """What readers see where no tile is: the same as in the slide; white in colour that has all of them."""
     if isinstance(source, OpenSlideLevel) and not tiles.nbytes.all():
         return int(source.background[0])
-    return WHITE if tiles.size[2] == 3 else int(source.fill_value)
+    return WHITE if tiles.size[2] == 3 and tiles.nbytes.all() else int(source.fill_value)
 
 
 def _coarse_format(level: CopiedLevel) -> JpegFormat:

@@ -235,7 +235,9 @@ class TiffLevel:
         return table.reshape(2, *lead, *self.grid)
 
     def fetch(self, _shard: Place, /, places: Sequence[Place]) -> Iterator[RawChunk]:
-        """Read the bytes of tiles; those that a file of measurements leaves out are absent."""
+        """Read the bytes of tiles. One that a sparse file leaves out, without bytes or a place, is absent; so
+        is one without bytes in a file of measurements, while in colour it is what a broken program left.
+        """
         try:
             fd = os.open(self.path, OPEN_FLAGS)
         except OSError as error:
@@ -252,7 +254,7 @@ class TiffLevel:
         page, index = self.tile_of(place)
         offset, size = int(self._offset_FT[page, index]), int(self._count_FT[page, index])
         if size == 0:
-            if self.is_color:
+            if self.is_color and offset:
                 raise ChunkError(f"damaged: {self._tile_name(index)} has no bytes")
             return RawChunk(place, None, 0)
         if size > 2 * self._tile_bytes + _SLACK_BYTES:

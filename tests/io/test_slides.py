@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io import open_slide
+from ats_stream.io import open_pyramid, open_slide
 from ats_stream.io.openslide_source import read_openslide
 from ats_stream.io.parts import opaque
 from ats_stream.io.slides import FileSlide
@@ -221,6 +221,29 @@ def test_a_tile_without_bytes_is_damage_in_colour_and_no_data_in_measurements(tm
                 region = slide.read_region(0, 0, 64, 64)
                 assert (region[0, :32, :32] == 7).all()
                 np.testing.assert_array_equal(region[0, 32:], image[0, 32:])
+
+
+@pytest.mark.parametrize("nodata", [None, 9])
+def test_a_sparse_colour_tiff_shows_no_data_where_it_has_no_tiles(tmp_path, picture, nodata):
+    image = picture((3, 70, 90))
+    tiles = [image.transpose(1, 2, 0)[y : y + 32, x : x + 32] for y in (0, 32, 64) for x in (0, 32, 64)]
+    tiles = [np.pad(t, [(0, 32 - n) for n in t.shape[:2]] + [(0, 0)]).tobytes() for t in tiles]
+    for missing in (0, 4):
+        tiles[missing] = b""
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        iter(tiles),
+        shape=(70, 90, 3),
+        dtype=np.uint8,
+        tile=(32, 32),
+        photometric="rgb",
+        metadata=None,
+        extratags=[] if nodata is None else [(42113, "s", 0, str(nodata), True)],
+    )
+    expected = image.copy()
+    expected[:, :32, :32] = expected[:, 32:64, 32:64] = nodata or 0
+    np.testing.assert_array_equal(open_pyramid(tmp_path / "a.tif").read(0), expected)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "a.tif"), expected.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize(
