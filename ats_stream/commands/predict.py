@@ -1,40 +1,49 @@
-"""Run a trained model over pyramids or slides: a table of probabilities and a picture of each image.
+"""Run a trained model over pyramids or slides: tables, attention images, drawn patches, pictures.
 
   ats-stream predict runs/first archive.csv --split test --out predictions
-  ats-stream predict runs/first pyramids/*.ome.zarr --out predictions
+  ats-stream predict runs/first pyramids/*.ome.zarr --out predictions --draws 8
 
 RUN is a run folder (its newest checkpoint is taken) or a checkpoint file; INPUT an archive table, pyramids,
 or slides with levels of their own, read in place.
-DIR appears when all is done and holds
+DIR is made and holds, when all is done,
 
-  predictions.csv   one row an image: probabilities of the classes, and how much of the image was read
-  pictures/         thumbnail, attention, and the drawn patches with what each counts for
-  report.html       accuracy, confusion table and the first pictures, in one file
+  predictions.parquet       one row an image: probabilities of the classes, their standard errors, the drawn
+                            positions with attention and weight, bytes read, seconds, why an image was bad
+  predictions.csv           the same without the positions
+  attention/NAME.ome.zarr   attention as a multiscale image that lies over the slide
+  patches/NAME.geojson      the drawn patches as boxes, for QuPath
+  embeddings/NAME.parquet   the features of the drawn patches
+  pictures/NAME.png         thumbnail, attention, and the drawn patches with what each counts for
+  report.html               how good the predictions are, and the first pictures, in one file
 
-The same run and images give the same predictions every time.
+A run that was cut off goes on where it was when the same command is given again. An image that cannot be
+read gets a row with the reason, the others go on, and the exit code is 1; the same command tries it again.
+
+The same run and images give the same predictions every time. --scheme top takes the most probable positions
+instead of drawing; --draws R is the mean over R independent draws, with its standard error.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import shutil
-from collections import Counter
-from contextlib import contextmanager, nullcontext
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from ats_stream.io import ArchiveRow, StorageOptions
+    from ats_stream.predictions.folder import PredictionFolder
+    from ats_stream.predictions.record import PredictionInfo, SlideRecord
     from ats_stream.workers.config import ClusterConfig, RunConfig
-    from ats_stream.workers.predict import Predicted
+    from ats_stream.workers.predict import Predicted, Unreadable
 
 USAGE = "RUN INPUT [INPUT ...] --out DIR [options]"
-MAX_PICTURES_IN_REPORT = 24
 REPORT_NAME = "report.html"
+MAX_BAD_LINES = 20
+MAX_PICTURES_IN_REPORT = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="one archive table (.csv, .parquet), or pyramids, or slides",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make for the results")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the results, made or taken up"
+    )
     parser.add_argument("--split", metavar="NAME", help="only the rows of this split of the table")
     parser.add_argument(
         "--scheme",
         choices=SCHEMES,
         help="how positions are drawn; top takes the most probable (default: as trained)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        metavar="R",
+        help="mean over so many independent draws, with its standard error (1)",
     )
     parser.add_argument(
         "--pictures", type=int, metavar="N", help="draw pictures of the first N images only (default: all)"
@@ -65,85 +83,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Predict, with a progress bar, into a folder that gets its name when all is done."""
+    """Predict, with a progress bar; what an earlier run has done stays."""
     from ats_stream.commands.options import check_out, cluster_from, progress, storage_options_from
-    from ats_stream.errors import InputError
-    from ats_stream.report.predictions import TABLE_NAME, accuracy
+    from ats_stream.predictions.folder import taken
+    from ats_stream.predictions.names import unique_names
     from ats_stream.workers.predict import Predictor
 
     out = Path(arguments.out)
-    check_out(out, empty=True)
-    if arguments.pictures is not None and arguments.pictures < 0:
-        raise InputError(f"--pictures must not be negative, got {arguments.pictures}")
+    check_out(out, empty=False)
+    _check_numbers(arguments)
     cluster = cluster_from(arguments, num_ranks=1)
     predictor = Predictor.load(arguments.run_folder)
-    storage_options = storage_options_from(arguments)
-    rows = _rows(arguments, predictor.config, storage_options)
-    with _appearing(out) as folder, _running(cluster):
-        found = predictor.predict(rows, cluster, scheme=arguments.scheme, storage_options=storage_options)
-        named = _with_own_names(progress(found, total=len(rows), unit="image"), rows)
-        predictions = write_results(
-            folder,
-            named,
-            title=f"Predictions of {arguments.run_folder}",
-            max_pictures=arguments.pictures,
-            storage_options=storage_options,
-        )
-    share = accuracy(predictions)
-    score = "" if share is None else f", accuracy {share:.3f}"
-    images = f"{len(predictions)} image{'s' * (len(predictions) != 1)}"
-    print(f"{images}{score}; {out / TABLE_NAME}, {out / REPORT_NAME}")
-    result = out.absolute()
-    return {"table": str(result / TABLE_NAME), "report": str(result / REPORT_NAME), "accuracy": share}
+    options = storage_options_from(arguments)
+    rows = _rows(arguments, predictor.config, options)
+    how = {"scheme": arguments.scheme, "draws": arguments.draws}
+    names = unique_names([row.name for row in rows])
+    with taken(out, predictor.info(rows, **how), names) as folder:
+        todo = folder.undone()
+        if len(todo) < len(rows):
+            print(f"{len(rows) - len(todo)} of {len(rows)} images were done before", flush=True)
+        if todo:
+            with _running(cluster):
+                found = predictor.predict_each(rows, cluster, only=todo, storage_options=options, **how)
+                for one in progress(found, total=len(todo), unit="image"):
+                    with_picture = arguments.pictures is None or one.row < arguments.pictures
+                    write_slide(folder, one, with_picture=with_picture, options=options)
+        folder.finish()
+        records = list(folder.records())
+        write_report(out, folder.info, records, title=f"Predictions of {arguments.run_folder}")
+    return _outcome(out, records)
 
 
-def write_results(
-    folder: Path,
-    found: Iterable[Predicted],
-    *,
-    title: str,
-    max_pictures: int | None,
-    storage_options: StorageOptions | None = None,
-) -> list[Predicted]:
-    """Write pictures as predictions come, then the table and the report.
+def write_report(out: Path, info: PredictionInfo, records: Sequence[SlideRecord], *, title: str) -> Path:
+    """Write the page beside the tables."""
+    from PIL import Image
 
-    Returns the predictions without their arrays, which only pictures need: an archive may hold any number.
-    """
-    import numpy as np
+    from ats_stream.predictions.folder import picture_path
+    from ats_stream.report.page import Figure, Page, write_page
+    from ats_stream.report.predictions import predictions_section
 
-    from ats_stream.io import StorageOptions
-    from ats_stream.report.page import Page, write_page
-    from ats_stream.report.predictions import (
-        PICTURES_FOLDER,
-        TABLE_NAME,
-        THUMBNAIL_PX,
-        predictions_section,
-        write_picture,
-        write_table,
+    places = [(one, picture_path(out, one.name)) for one in records]
+    figures = [
+        Figure(content=Image.open(place), caption=one.name, encoding="jpeg")
+        for one, place in places
+        if not one.is_bad and place.exists()
+    ][:MAX_PICTURES_IN_REPORT]
+    page = Page(title=title, sections=(predictions_section(info, records, figures),))
+    return write_page(out / REPORT_NAME, page)
+
+
+def write_slide(
+    folder: PredictionFolder, one: Predicted | Unreadable, *, with_picture: bool, options: StorageOptions
+) -> None:
+    """Write all files of a slide, its record last; of one that cannot be read the reason."""
+    from dataclasses import replace
+
+    from ats_stream.errors import SlideError
+    from ats_stream.workers.predict import Unreadable
+
+    one = replace(one, name=folder.names[one.row])
+    if not isinstance(one, Unreadable):
+        try:
+            _write_files(folder.path, one, with_picture=with_picture, options=options)
+        except SlideError as error:
+            one = Unreadable(
+                row=one.row, slide=one.slide, name=one.name, split=one.split, label=one.label, error=error
+            )
+    folder.commit(one.record())
+
+
+def _write_files(folder: Path, one: Predicted, *, with_picture: bool, options: StorageOptions) -> None:
+    from ats_stream.files import write_atomic
+    from ats_stream.predictions import folder as places
+    from ats_stream.predictions.attention_image import write_attention
+    from ats_stream.predictions.embeddings import write_embeddings
+    from ats_stream.predictions.geojson import patches_geojson
+    from ats_stream.report.predictions import THUMBNAIL_PX, write_picture
+
+    record = one.record()
+    if with_picture:
+        thumbnail = options.open(one.slide).thumbnail(THUMBNAIL_PX)
+        write_picture(places.picture_path(folder, one.name), one, thumbnail)
+    write_attention(
+        places.attention_path(folder, one.name),
+        one.attention_YX,
+        downsample=one.view_downsample,
+        pixel_size_um=one.pixel_size_um,
+        name=one.name,
     )
+    write_embeddings(places.embeddings_path(folder, one.name), record, one.features_NF)
+    write_atomic(places.patches_path(folder, one.name), patches_geojson(record))
 
-    options = StorageOptions.of(storage_options)
-    predictions: list[Predicted] = []
-    shown: list[tuple[Predicted, Any]] = []
-    for one in found:
-        if max_pictures is None or len(predictions) < max_pictures:
-            thumbnail = options.open(one.slide).thumbnail(THUMBNAIL_PX)
-            write_picture(folder / PICTURES_FOLDER, one, thumbnail)
-            if len(shown) < MAX_PICTURES_IN_REPORT:
-                shown.append((one, thumbnail))
-        nothing = np.empty(0)
-        predictions.append(dataclasses.replace(one, attention_YX=nothing, crops_NCPP=nothing))
-    write_table(folder / TABLE_NAME, predictions)
-    page = Page(title=title, sections=(predictions_section(predictions, shown),))
-    write_page(folder / REPORT_NAME, page)
-    return predictions
+
+def _outcome(out: Path, records: Sequence[SlideRecord]) -> dict[str, Any]:
+    """Say how it went, bad images by name; the result of the job."""
+    from ats_stream.errors import EXIT_FAILED, EXIT_USAGE
+    from ats_stream.predictions.table import CSV_NAME, PARQUET_NAME
+    from ats_stream.report.predictions import accuracy
+
+    bad = [record for record in records if record.is_bad]
+    for record in bad[:MAX_BAD_LINES]:
+        print(f"ats-stream: failed: {record.slide}: {record.error}", file=sys.stderr, flush=True)
+    if len(bad) > MAX_BAD_LINES:
+        print(f"ats-stream: and {len(bad) - MAX_BAD_LINES} more, see {CSV_NAME}", file=sys.stderr, flush=True)
+    good = len(records) - len(bad)
+    share = accuracy(record.right for record in records)
+    score = "" if share is None else f", accuracy {share:.3f}"
+    failed = f", {len(bad)} failed" if bad else ""
+    print(f"{good} image{'s' * (good != 1)}{score}{failed}; {out / CSV_NAME}, {out / REPORT_NAME}")
+    result = out.absolute()
+    return {
+        "table": str(result / CSV_NAME),
+        "parquet": str(result / PARQUET_NAME),
+        "report": str(result / REPORT_NAME),
+        "accuracy": share,
+        "failed": [record.slide for record in bad],
+        "exit_code": 0 if not bad else EXIT_FAILED if good else EXIT_USAGE,
+    }
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    from ats_stream.errors import InputError
+
+    if arguments.pictures is not None and arguments.pictures < 0:
+        raise InputError(f"--pictures must not be negative, got {arguments.pictures}")
 
 
 def _rows(
     arguments: argparse.Namespace, config: RunConfig, storage_options: StorageOptions
 ) -> tuple[ArchiveRow, ...]:
     from ats_stream.commands.options import archive_from
-    from ats_stream.errors import InputError
+    from ats_stream.errors import InputError, MissingFileError
     from ats_stream.io import ArchiveRow
     from ats_stream.io.archive import is_table
     from ats_stream.io.remote import has_login
@@ -161,32 +231,12 @@ def _rows(
     for place in arguments.inputs:
         if has_login(place):  # it would be written with the results
             raise InputError("a user or password stands in a URL: give both as storage options")
-        storage_options.open(place)
+        if "://" not in place and not Path(place).exists():
+            raise MissingFileError(f"{place}: no such file or folder")
+    if len(arguments.inputs) == 1:  # of many, one that cannot be read must not stop the others
+        storage_options.open(arguments.inputs[0])
     places = dict.fromkeys(arguments.inputs)
     return tuple(ArchiveRow(slide=place, label="", split="", line=0) for place in places)
-
-
-def _with_own_names(found: Iterable[Predicted], rows: Sequence[ArchiveRow]) -> Iterator[Predicted]:
-    """Slides of one name in different folders get pictures of their own: the row's number is added."""
-    often = Counter(row.name for row in rows)
-    for number, one in enumerate(found, start=1):
-        yield one if often[one.name] == 1 else dataclasses.replace(one, name=f"{one.name}-{number}")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end, and is gone after any exception."""
-    from ats_stream.errors import StorageError
-
-    partial = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        try:
-            partial.rename(out)
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _running(cluster: ClusterConfig) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from ats_stream.io import open_pyramid
 from ats_stream.report.curve import LineChart, Series
 from ats_stream.report.page import Figure, Page, Section, Table, write_page
-from ats_stream.report.predictions import THUMBNAIL_PX, accuracy, predictions_section
+from ats_stream.report.predictions import THUMBNAIL_PX, accuracy, predictions_section, slide_figure
 from ats_stream.workers.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from ats_stream.predictions.record import PredictionInfo
     from ats_stream.workers.predict import Predicted
 
 
@@ -31,6 +32,7 @@ class DemoResult:
     slide_summary: str
     runs: dict[str, Path]
     """Run folders of the main model (``attention``) and of the control (``uniform``)."""
+    info: PredictionInfo
     predictions: list[Predicted]
     """The main model on the test images."""
     shown: list[tuple[Predicted, npt.NDArray[Any]]]
@@ -41,7 +43,7 @@ class DemoResult:
     @property
     def accuracy(self) -> float:
         """Accuracy of the main model on the test images."""
-        share = accuracy(self.predictions)
+        share = accuracy(one.is_right for one in self.predictions)
         return float("nan") if share is None else share
 
 
@@ -50,7 +52,11 @@ def write_report(path: Path, result: DemoResult) -> Path:
     sections = (
         _result_section(result),
         _curves_section(result),
-        predictions_section(result.predictions, result.shown),
+        predictions_section(
+            result.info,
+            [one.record() for one in result.predictions],
+            [slide_figure(one, thumbnail) for one, thumbnail in result.shown],
+        ),
         _slide_section(result),
     )
     page = Page(

@@ -21,14 +21,9 @@ from ats_stream.demo.memory import PeakMemory
 from ats_stream.demo.page import DemoResult, write_report
 from ats_stream.io import convert, open_pyramid, read_archive, target_path
 from ats_stream.models import ModelConfig
-from ats_stream.report.predictions import (
-    PICTURES_FOLDER,
-    TABLE_NAME,
-    THUMBNAIL_PX,
-    accuracy,
-    write_picture,
-    write_table,
-)
+from ats_stream.predictions.folder import picture_path
+from ats_stream.predictions.table import CSV_NAME, write_csv
+from ats_stream.report.predictions import THUMBNAIL_PX, accuracy, write_picture
 from ats_stream.workers import ClusterConfig, RunConfig, SamplerConfig, TrainerConfig, train
 from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.predict import Predicted, Predictor
@@ -37,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ats_stream.io import Archive
+    from ats_stream.predictions.record import PredictionInfo
 
 NUM_PATCHES = 12
 PATCH_PX = 64
@@ -133,13 +129,15 @@ def _run(out: Path, config: DemoConfig, say: Callable[[str], None]) -> DemoResul
 
     say(f"(c) {len(test)} test images")
     predictions = _predict(runs["attention"], test)
+    info = Predictor.load(runs["attention"]).info(test)
     control = _predict(runs["uniform"], test)
     result = DemoResult(
         slide=Path(summary.target),
         slide_summary=str(summary),
         runs=runs,
         predictions=predictions,
-        shown=_write_predictions(out / "predictions", predictions),
+        shown=_write_predictions(out / "predictions", info, predictions),
+        info=info,
         control_uniform=_accuracy(control),
         control_low_resolution=low_resolution,
     )
@@ -174,17 +172,19 @@ def _predict(run: Path, rows: Sequence[Any]) -> list[Predicted]:
     return list(tqdm(predictor.predict(rows), total=len(rows), unit="image", disable=not sys.stderr.isatty()))
 
 
-def _write_predictions(folder: Path, predictions: list[Predicted]) -> list[tuple[Predicted, Any]]:
+def _write_predictions(
+    folder: Path, info: PredictionInfo, predictions: list[Predicted]
+) -> list[tuple[Predicted, Any]]:
     """Write the table and the first pictures; returns what was drawn, with thumbnails."""
     shown = [(one, open_pyramid(one.slide).thumbnail(THUMBNAIL_PX)) for one in predictions[:NUM_PICTURES]]
     for one, thumbnail in shown:
-        write_picture(folder / PICTURES_FOLDER, one, thumbnail)
-    write_table(folder / TABLE_NAME, predictions)
+        write_picture(picture_path(folder, one.name), one, thumbnail)
+    write_csv(folder / CSV_NAME, info, [one.record() for one in predictions])
     return shown
 
 
 def _accuracy(predictions: Sequence[Predicted]) -> float:
-    share = accuracy(predictions)
+    share = accuracy(one.is_right for one in predictions)
     return float("nan") if share is None else share
 
 

@@ -193,19 +193,24 @@ class PatchClassifier(nn.Module):
 
     def forward(self, batch: Batch) -> Prediction:
         """Class logits, the attention of the drawn positions, and the entropy of the attention."""
-        device = batch.weight_BN.device.type
         # mixed precision is for the features: the attention must be that of the samplers, who draw in float32
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(batch.weight_BN.device.type, enabled=False):
             log_a_BM = self._log_attention(batch)
+        return self.look(batch, log_a_BM)[0]
+
+    def look(self, batch: Batch, log_a_BM: Sequence[Tensor]) -> tuple[Prediction, Tensor]:
+        """What :meth:`forward` gives, from log-attention that is known already, and the features (B, N, F) of
+        the patches.
+        """
         attention_BN = torch.stack([row[i] for row, i in zip(log_a_BM, batch.index_BN, strict=True)]).exp()
         # padded draws name position 0, which may hold any attention; their weight is 0
         attention_BN = attention_BN.masked_fill(batch.weight_BN == 0, 0.0)
         num_images, num_patches = batch.index_BN.shape
         features = self.features(batch.crops_BNCPP.flatten(0, 1)).view(num_images, num_patches, -1).float()
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(batch.weight_BN.device.type, enabled=False):
             expected_BF = expectation(features, attention_BN, batch.weight_BN, centred=self.config.centred)
             entropy_B = torch.stack([_entropy(row) for row in log_a_BM])
-            return Prediction(self.head(expected_BF), attention_BN, entropy_B)
+            return Prediction(self.head(expected_BF), attention_BN, entropy_B), features
 
     def _log_attention(self, batch: Batch) -> list[Tensor]:
         shapes = {tuple(view.shape) for view in batch.views_CYX}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,35 +12,17 @@ from ats_stream.report.page import Figure, Section, Table, png_bytes
 from ats_stream.report.picture import prediction_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from typing import Any
 
     import numpy.typing as npt
     from PIL import Image
 
+    from ats_stream.predictions.record import PredictionInfo, SlideRecord
     from ats_stream.workers.predict import Predicted
 
-TABLE_NAME = "predictions.csv"
-PICTURES_FOLDER = "pictures"
 THUMBNAIL_PX = 640
-
-
-def write_table(path: Path, predictions: Sequence[Predicted]) -> Path:
-    """Write one CSV row for each image: label, prediction, probabilities, and what was read of the image."""
-    classes = predictions[0].classes if predictions else ()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["slide", "split", "label", "predicted"]
-        + [f"p_{name}" if _has_probabilities(predictions[0]) else name for name in classes]
-        + ["num_patches", "stored_bytes", "decoded_bytes", "full_bytes", "seconds"]
-    )
-    for one in predictions:
-        read = [len(one.weight_N), one.stored_bytes, one.decoded_bytes, one.full_bytes, f"{one.seconds:.4f}"]
-        probabilities = [f"{p:.6f}" for p in one.probability_K]
-        writer.writerow([one.slide, one.split, one.label, one.predicted, *probabilities, *read])
-    return write_atomic(path, text.getvalue().encode())
 
 
 def draw_picture(
@@ -66,25 +47,25 @@ def draw_picture(
     )
 
 
-def write_picture(folder: Path, prediction: Predicted, thumbnail_CYX: npt.NDArray[Any]) -> Path:
-    """Write the picture of one image as a PNG named after it."""
-    picture = draw_picture(prediction, thumbnail_CYX)
-    return write_atomic(folder / f"{prediction.name}.png", png_bytes(picture))
+def write_picture(path: Path, prediction: Predicted, thumbnail_CYX: npt.NDArray[Any]) -> Path:
+    """Write the picture of one image as a PNG."""
+    return write_atomic(path, png_bytes(draw_picture(prediction, thumbnail_CYX)))
 
 
-def accuracy(predictions: Sequence[Predicted]) -> float | None:
-    """Share of right predictions among the labelled images; None if none is labelled."""
-    judged = [one.is_right for one in predictions if one.is_right is not None]
-    return sum(judged) / len(judged) if judged else None
+def accuracy(judged: Iterable[bool | None]) -> float | None:
+    """Share of right predictions among those that are right or wrong; None if there are none.
+
+    >>> accuracy([True, None, False]), accuracy([None])
+    (0.5, None)
+    """
+    known = [right for right in judged if right is not None]
+    return sum(known) / len(known) if known else None
 
 
-def confusion_table(predictions: Sequence[Predicted]) -> Table:
+def confusion_table(info: PredictionInfo, records: Sequence[SlideRecord]) -> Table:
     """How often each label was predicted as each class."""
-    classes = predictions[0].classes
-    counts = {(label, guess): 0 for label in classes for guess in classes}
-    for one in predictions:
-        if (one.label, one.predicted) in counts:
-            counts[one.label, one.predicted] += 1
+    classes = info.outputs
+    counts = Counter((one.label, one.predicted) for one in records)
     rows: tuple[tuple[str | int | float | None, ...], ...] = tuple(
         (label, *(counts[label, guess] for guess in classes)) for label in classes
     )
@@ -92,35 +73,36 @@ def confusion_table(predictions: Sequence[Predicted]) -> Table:
 
 
 def predictions_section(
-    predictions: Sequence[Predicted], shown: Sequence[tuple[Predicted, npt.NDArray[Any]]]
+    info: PredictionInfo, records: Sequence[SlideRecord], figures: Sequence[Figure]
 ) -> Section:
-    """A section of a page: figures of merit, the confusion table, and the pictures of ``shown``."""
-    share = float(np.mean([one.decoded_bytes / one.full_bytes for one in predictions]))
-    known = accuracy(predictions)
-    facts: list[tuple[str, str | int | float]] = [("images", len(predictions))]
+    """A section of a page: figures of merit, the confusion table, and pictures."""
+    good = [one for one in records if not one.is_bad]
+    known = accuracy(one.right for one in good)
+    facts: list[tuple[str, str | int | float]] = [("images", len(good))]
     if known is not None:
         facts.append(("accuracy", f"{known:.3f}"))
-    facts.append(("pixels of full resolution read, per image", f"{share:.3%}"))
-    figures = tuple(
-        Figure(
-            content=draw_picture(one, thumbnail),
-            dark=draw_picture(one, thumbnail, dark=True),
-            caption=f"{one.name}: predicted {one.predicted}" + (f", label {one.label}" if one.label else ""),
-            encoding="jpeg",
-        )
-        for one, thumbnail in shown
-    )
+    if good:
+        share = float(np.mean([one.read_share for one in good]))
+        facts.append(("pixels of full resolution read, per image", f"{share:.3%}"))
+    is_confusable = known is not None and info.task == "classification"
     return Section(
         heading="Predictions",
         key_values=tuple(facts),
-        figures=figures,
-        table=confusion_table(predictions) if known is not None and _is_of_classes(predictions[0]) else None,
+        figures=tuple(figures),
+        table=confusion_table(info, good) if is_confusable else None,
+    )
+
+
+def slide_figure(prediction: Predicted, thumbnail_CYX: npt.NDArray[Any]) -> Figure:
+    """The picture of one image for a page, light and dark."""
+    label = f", label {prediction.label}" if prediction.label else ""
+    return Figure(
+        content=draw_picture(prediction, thumbnail_CYX),
+        dark=draw_picture(prediction, thumbnail_CYX, dark=True),
+        caption=f"{prediction.name}: predicted {prediction.predicted}{label}",
+        encoding="jpeg",
     )
 
 
 def _is_of_classes(prediction: Predicted) -> bool:
     return prediction.task == "classification"
-
-
-def _has_probabilities(prediction: Predicted) -> bool:
-    return prediction.task in ("classification", "multilabel")

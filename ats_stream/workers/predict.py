@@ -1,30 +1,42 @@
-"""Inference: a trained model over pyramids, one image after the other, the same result every time."""
+"""Inference: a trained model over pyramids, one image after the other, the same result every time.
+
+Shapes: K values of the head, N drawn patches (of all draws), Y X positions of the view, C channels,
+P the patch's side, D space axes, F features.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from ats_stream.errors import CheckpointError
+from ats_stream.errors import CheckpointError, InputError, SlideError
 from ats_stream.io import StorageOptions
+from ats_stream.io.remote import shown
 from ats_stream.models import PatchClassifier
-from ats_stream.workers.batch import evaluate, log_prior_of
+from ats_stream.predictions.record import Patches, PredictionInfo, SlideRecord, standard_error
+from ats_stream.workers.batch import collate, log_prior_of, tensor_of
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
 from ats_stream.workers.config import ClusterConfig, RunConfig
 from ats_stream.workers.executors import make_executor
-from ats_stream.workers.plan import Plan
-from ats_stream.workers.stream import Stream
+from ats_stream.workers.plan import Visit
+from ats_stream.workers.protocol import AttentionWeights
 from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ats_stream.io import ArchiveRow
-    from ats_stream.workers.protocol import Array
+    from ats_stream.workers.executors import Executor, Pending
+    from ats_stream.workers.protocol import Array, Item
+    from ats_stream.workers.sampler import SamplerConfig
 
 UNKNOWN_CLASS = -1
 
@@ -33,6 +45,8 @@ UNKNOWN_CLASS = -1
 class Predicted:
     """What a model says of one image, and what it looked at."""
 
+    row: int
+    """Number of the row, counted from 0."""
     slide: str
     name: str
     split: str
@@ -40,17 +54,25 @@ class Predicted:
     """Label of the table; empty if none was given."""
     classes: tuple[str, ...]
     probability_K: Array
-    """Probabilities in the order of ``classes``; of other tasks, the values that the model gives."""
+    """Probabilities in the order of ``classes``; of other tasks, the values that the model gives. The mean
+    over the draws."""
+    standard_error_K: Array | None
+    """Standard error of that mean, from the spread of the draws; None with one draw."""
     attention_YX: Array
     """Attention probability of every position of the view."""
+    draw_N: Array
+    """Which draw a patch belongs to, counted from 0."""
     attention_N: Array
     """Attention probability of the drawn positions."""
     weight_N: Array
-    """R of the drawn positions; attention * weight is what each patch counts for."""
+    """R of the drawn positions, divided by the number of draws; attention * weight is what each patch counts
+    for."""
     offsets_ND: Array
     """First pixel of each drawn patch at full resolution."""
     crops_NCPP: Array
     """The drawn patches."""
+    features_NF: Array
+    """What the feature network makes of them."""
     stored_bytes: int
     """Bytes of full resolution fetched from storage."""
     decoded_bytes: int
@@ -59,10 +81,17 @@ class Predicted:
     """Shape (C, *space) of full resolution."""
     full_bytes: int
     """Bytes of the whole of full resolution, decoded."""
+    pixel_size_um: tuple[float, ...] | None
+    """Of full resolution, per space axis; None if unknown."""
+    view_downsample: tuple[float, ...]
+    """Pixels of full resolution per position of the view, per space axis."""
     seconds: float
     """Time that reading, attention and drawing took."""
     task: str = "classification"
     """What the model was trained to say."""
+    group: str = ""
+    time: float | None = None
+    """As in the table."""
 
     @property
     def predicted(self) -> str:
@@ -73,6 +102,60 @@ class Predicted:
     def is_right(self) -> bool | None:
         """Whether the prediction is the label; None without one, and for numbers."""
         return TASKS[self.task].is_right(self.predicted, self.label) if self.label else None
+
+    def record(self) -> SlideRecord:
+        """The line of the tables."""
+        size_um = self.pixel_size_um
+        return SlideRecord(
+            slide=shown(self.slide),
+            name=self.name,
+            split=self.split,
+            label=self.label,
+            group=self.group,
+            time=self.time,
+            predicted=self.predicted,
+            right=self.is_right,
+            value_K=tuple(self.probability_K.tolist()),
+            standard_error_K=() if self.standard_error_K is None else tuple(self.standard_error_K.tolist()),
+            height=self.full_shape[-2],
+            width=self.full_shape[-1],
+            pixel_size_um=None if size_um is None else math.fsum(size_um) / len(size_um),
+            patch_px=self.crops_NCPP.shape[-1],
+            patches=Patches(
+                draw=tuple(self.draw_N.tolist()),
+                y=tuple(self.offsets_ND[:, -2].tolist()),
+                x=tuple(self.offsets_ND[:, -1].tolist()),
+                attention=tuple(self.attention_N.tolist()),
+                weight=tuple(self.weight_N.tolist()),
+            ),
+            stored_bytes=self.stored_bytes,
+            decoded_bytes=self.decoded_bytes,
+            full_bytes=self.full_bytes,
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """An image that nothing can be predicted of."""
+
+    row: int
+    """Number of the row, counted from 0."""
+    slide: str
+    name: str
+    split: str
+    label: str
+    error: SlideError
+
+    def record(self) -> SlideRecord:
+        """The line of the tables."""
+        return SlideRecord(
+            slide=shown(self.slide),
+            name=self.name,
+            split=self.split,
+            label=self.label,
+            error=self.error.reason,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,26 +182,59 @@ class Predictor:
             raise CheckpointError(f"{path}: the weights do not fit their configuration: {reason}") from error
         return cls(model.eval().requires_grad_(False), config)
 
-    def predict(
+    @property
+    def key(self) -> str:
+        """Hash of weights and configuration: predictors with the same key say the same."""
+        weights = {name: t.numpy() for name, t in self.model.state_dict().items()}
+        config = json.dumps(self.config.to_dict(), sort_keys=True)
+        return hashlib.sha256(f"{AttentionWeights.of(weights).key} {config}".encode()).hexdigest()
+
+    def info(
+        self, rows: Sequence[ArchiveRow], *, scheme: str | None = None, draws: int = 1
+    ) -> PredictionInfo:
+        """All that decides what :meth:`predict_each` of these rows gives; InputError as there."""
+        scheme = self._sampler(scheme, draws).scheme
+        images = [[shown(r.slide), r.label, r.split, r.group, r.time] for r in rows]
+        return PredictionInfo(
+            model=self.key,
+            images=hashlib.sha256(json.dumps(images).encode()).hexdigest(),
+            num_images=len(rows),
+            task=self.config.trainer.task,
+            outputs=self.config.classes,
+            scheme=scheme,
+            num_draws=draws,
+            num_patches=self.config.sampler.num_patches,
+        )
+
+    def predict(self, rows: Sequence[ArchiveRow], *args: Any, **options: Any) -> Iterator[Predicted]:
+        """What :meth:`predict_each` predicts; SlideError, naming the slide, for one that cannot be read."""
+        for one in self.predict_each(rows, *args, **options):
+            if isinstance(one, Unreadable):
+                raise one.error
+            yield one
+
+    def predict_each(
         self,
         rows: Sequence[ArchiveRow],
         cluster: ClusterConfig | None = None,
         *,
         scheme: str | None = None,
+        draws: int = 1,
+        only: Iterable[int] | None = None,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
-    ) -> Iterator[Predicted]:
-        """Yield one prediction for each row, in order.
+    ) -> Iterator[Predicted | Unreadable]:
+        """Yield what is predicted of each row, or why nothing is, in order.
 
-        Draws are keyed by the seed and the row's number, so they are the same every time. ``scheme`` replaces
-        the scheme of the training (``top``: the N most probable positions). With ``executor="ray"`` the
-        actors of ``cluster`` read and draw; Ray must be running. ``storage_options`` are for the URLs among
-        the rows. Raises SlideError, naming the slide, for one
-        that cannot be read.
+        Draws are keyed by the seed and the row's number, so they are the same every time, whichever rows
+        ``only`` leaves. ``scheme`` replaces the scheme of the training (``top``: the N most probable
+        positions). With more ``draws`` than one the values are the mean over independent draws, and their
+        spread gives its standard error. With ``executor="ray"`` the actors of ``cluster`` read and draw; Ray
+        must be running. ``storage_options`` are for the URLs among the rows. InputError for more than one
+        draw with ``top``, which draws nothing.
         """
         cluster, options = cluster or ClusterConfig(), StorageOptions.of(storage_options)
-        task = TASKS[self.config.trainer.task]
+        sampler = self._sampler(scheme, draws)
         class_of = {name: number for number, name in enumerate(self.config.classes)}
-        sampler = self.config.sampler if scheme is None else replace(self.config.sampler, scheme=scheme)
         executor = make_executor(
             cluster.executor,
             [row.slide for row in rows],
@@ -129,37 +245,116 @@ class Predictor:
             cpus_per_sampler=cluster.cpus_per_sampler,
             storage_options=options,
         )
-        plan = Plan(
-            images=tuple(range(len(rows))), batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None
-        )
+        wanted = range(len(rows)) if only is None else sorted(only)
         try:
-            stream = Stream(plan, executor, window=cluster.window)
-            stream.publish(0, self.model.attention)
-            for seen in evaluate(self.model, stream, torch.device("cpu")):
-                item, row = seen.item, rows[seen.item.visit.image]
-                num = item.num_drawn
-                with torch.inference_mode():
-                    view = torch.from_numpy(item.view_CYX.copy())
-                    log_a_M = self.model.log_attention(view, log_prior_of(item.prior_YX))
-                full = options.open(row.slide).levels[0]
-                yield Predicted(
-                    slide=row.slide,
-                    name=row.name,
-                    split=row.split,
-                    label=row.label,
-                    classes=self.config.classes,
-                    probability_K=task.probability(torch.from_numpy(seen.outputs_K)[None])[0].numpy(),
-                    attention_YX=log_a_M.exp().reshape(view.shape[1:]).numpy(),
-                    attention_N=seen.attention_N[:num],
-                    weight_N=item.weight_N[:num],
-                    offsets_ND=item.offsets_ND[:num],
-                    crops_NCPP=item.crops_NCPP[:num],
-                    stored_bytes=item.stored_bytes,
-                    decoded_bytes=item.decoded_bytes,
-                    full_shape=full.shape,
-                    full_bytes=math.prod(full.shape) * full.dtype.itemsize,
-                    seconds=item.seconds,
-                    task=self.config.trainer.task,
-                )
+            for number, items in _drawn(executor, self._attention(), wanted, draws, cluster.window):
+                yield self._outcome(number, rows[number], items, options)
         finally:
             executor.close()
+
+    def _sampler(self, scheme: str | None, draws: int) -> SamplerConfig:
+        sampler = self.config.sampler if scheme is None else replace(self.config.sampler, scheme=scheme)
+        if draws < 1 or (draws > 1 and sampler.scheme == "top"):
+            raise InputError(f"draws must be at least 1, and 1 with the scheme top, got {draws}")
+        return sampler
+
+    def _outcome(
+        self, number: int, row: ArchiveRow, items: Sequence[Item] | SlideError, options: StorageOptions
+    ) -> Predicted | Unreadable:
+        try:
+            if isinstance(items, SlideError):
+                raise items
+            return self._predicted(number, row, items, options)
+        except SlideError as error:
+            return Unreadable(
+                row=number, slide=row.slide, name=row.name, split=row.split, label=row.label, error=error
+            )
+
+    def _attention(self) -> AttentionWeights:
+        state = self.model.attention.state_dict()
+        return AttentionWeights.of({name: t.detach().numpy().copy() for name, t in state.items()})
+
+    def _predicted(
+        self, number: int, row: ArchiveRow, items: Sequence[Item], options: StorageOptions
+    ) -> Predicted:
+        first = items[0]
+        pyramid = options.open(row.slide)
+        full = pyramid.levels[0]
+        # closed before anything is yielded: the mode belongs to the thread, so to whoever receives that
+        with torch.inference_mode():
+            log_a_M = self.model.log_attention(tensor_of(first.view_CYX), log_prior_of(first.prior_YX))
+            seen = [self._seen(item, log_a_M) for item in items]
+            attention_YX = log_a_M.exp().reshape(first.view_CYX.shape[1:]).numpy()
+        value_RK = np.stack([value_K for value_K, _, _ in seen])
+        map_shape = attention_YX.shape
+        return Predicted(
+            row=number,
+            slide=row.slide,
+            name=row.name,
+            split=row.split,
+            label=row.label,
+            group=row.group,
+            time=row.time,
+            classes=self.config.classes,
+            probability_K=value_RK[0] if len(items) == 1 else value_RK.mean(0),
+            standard_error_K=_standard_errors(value_RK),
+            attention_YX=attention_YX,
+            draw_N=np.repeat(np.arange(len(items)), [item.num_drawn for item in items]),
+            attention_N=np.concatenate([attention_N for _, attention_N, _ in seen]),
+            weight_N=np.concatenate([item.weight_N[: item.num_drawn] for item in items])
+            / np.float32(len(items)),
+            offsets_ND=np.concatenate([item.offsets_ND[: item.num_drawn] for item in items]),
+            crops_NCPP=np.concatenate([item.crops_NCPP[: item.num_drawn] for item in items]),
+            features_NF=np.concatenate([features_NF for _, _, features_NF in seen]),
+            stored_bytes=sum(item.stored_bytes for item in items),
+            decoded_bytes=sum(item.decoded_bytes for item in items),
+            full_shape=full.shape,
+            full_bytes=math.prod(full.shape) * full.dtype.itemsize,
+            pixel_size_um=full.pixel_size_um,
+            view_downsample=tuple(n / m for n, m in zip(full.shape[1:], map_shape, strict=True)),
+            seconds=sum(item.seconds for item in items),
+            task=self.config.trainer.task,
+        )
+
+    def _seen(self, item: Item, log_a_M: torch.Tensor) -> tuple[Array, Array, Array]:
+        """Values (K,) of one draw, and attention and features of its patches."""
+        prediction, features_1NF = self.model.look(collate([item]), [log_a_M])
+        value_1K = TASKS[self.config.trainer.task].probability(prediction.class_logits_BK)
+        num = item.num_drawn
+        return value_1K[0].numpy(), prediction.attention_BN[0, :num].numpy(), features_1NF[0, :num].numpy()
+
+
+def _standard_errors(value_RK: Array) -> Array | None:
+    if len(value_RK) == 1:
+        return None
+    return np.array([standard_error(values) for values in value_RK.T.tolist()])
+
+
+def _drawn(
+    executor: Executor, weights: AttentionWeights, rows: Sequence[int], draws: int, window: int
+) -> Iterator[tuple[int, list[Item] | SlideError]]:
+    """The items of all draws of each row, or why there are none, in order; ``window`` items are on order."""
+    # the stream of draws that a visit of this number has in every epoch of a training
+    visits = (
+        Visit(image=row, step=row, stream_id=(draw << 32) + row, version=0, share=1.0)
+        for row in rows
+        for draw in range(draws)
+    )
+    pending: deque[Pending] = deque()
+
+    def order() -> None:
+        while len(pending) < window and (visit := next(visits, None)) is not None:
+            pending.append(executor.submit(visit, weights))
+
+    for row in rows:
+        found: list[Item] | SlideError = []
+        for _ in range(draws):
+            order()
+            try:
+                item = pending.popleft().result()
+                if isinstance(found, list):
+                    found.append(item)
+            except SlideError as error:
+                found = error
+        order()
+        yield row, found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -13,14 +14,23 @@ import time
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+
+from ats_stream.io import ArchiveRow, open_pyramid
+from ats_stream.predictions.folder import PredictionFolder, taken
+from ats_stream.predictions.table import read_parquet
+from ats_stream.workers.predict import Predictor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from typing import Any
+
+    from ats_stream.predictions.record import SlideRecord
 
     Run = Callable[..., Any]
 
@@ -78,6 +88,9 @@ def test_a_table_a_picture_of_each_image_and_a_report(
     assert len(page.sources) == 3
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    parts = {"attention", "embeddings", "patches", "pictures", "slides"}
+    files = {"predict.json", "predictions.csv", "predictions.parquet", "report.html"}
+    assert {path.name for path in out.iterdir()} == parts | files
 
 
 def test_pyramids_without_a_table_give_the_same_probabilities(
@@ -144,13 +157,20 @@ def bad_inputs(folder: Path, trained: Path, table: Path, pyramid: Path) -> dict[
         "no split": ([trained, table, "--split", "all"], "no rows of split 'all'"),
         "two tables": ([trained, table, table], "archive.csv: a table must be the only input, got 2"),
         "pictures": ([trained, pyramid, "--pictures", "-1"], "--pictures must not be negative, got -1"),
+        "draws": ([trained, pyramid, "--draws", "0"], "draws must be at least 1"),
+        "top draws": (
+            [trained, pyramid, "--draws", "2", "--scheme", "top"],
+            "draws must be at least 1, and 1 with the scheme top, got 2",
+        ),
+        "typo": ([trained, pyramid, folder / "typo.svs"], "typo.svs: no such file or folder"),
         "samplers": ([trained, pyramid, "--samplers", "2"], "--samplers needs --executor ray"),
         "cluster": ([trained, pyramid, "--executor", "ray", "--window", "0"], "--window must be at least 1"),
     }
 
 
 CASES = ("no run", "empty run", "text", "foreign", "cut", "label", "gone", "slide", "no pyramid", "split",
-         "no split", "two tables", "pictures", "samplers", "cluster")  # fmt: skip
+         "no split", "two tables", "pictures", "draws", "top draws", "typo",
+         "samplers", "cluster")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -166,18 +186,108 @@ def test_bad_input_is_named_in_one_line(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_image_that_breaks_on_the_way_leaves_nothing(
-    trained: Path, pyramid: Path, tmp_path: Path, run: Run
-) -> None:
-    broken = tmp_path / "broken.ome.zarr"
-    shutil.copytree(pyramid, broken)
-    for shard in (broken / "0" / "c").rglob("*"):
+def break_level_0(pyramid: Path) -> None:
+    for shard in (pyramid / "0" / "c").rglob("*"):
         if shard.is_file():
             shard.write_bytes(shard.read_bytes()[:200])
-    failed = run("predict", trained, pyramid, broken, "--out", tmp_path / "out")
+
+
+def test_an_image_that_breaks_gets_a_row_and_the_others_go_on(
+    trained: Path, pyramid: Path, tmp_path: Path, run: Run
+) -> None:
+    broken, out = tmp_path / "broken.ome.zarr", tmp_path / "out"
+    shutil.copytree(pyramid, broken)
+    whole = tmp_path / "whole"
+    shutil.copytree(broken / "0", whole)
+    break_level_0(broken)
+    failed = run("predict", trained, broken, pyramid, "--out", out)
+    assert failed.code == 1
+    assert failed.out.startswith("1 image, 1 failed; ")
+    assert failed.complaint.startswith(f"ats-stream: failed: {broken}: level 0")
+    bad, good = rows_of(out)
+    assert "level 0" in bad["error"]
+    assert bad["predicted"] == bad["p_0"] == good["error"] == ""
+    assert not (out / "attention" / "broken.ome.zarr").exists()
+    # the same command tries it again, and the other one stays done
+    shutil.rmtree(broken / "0")
+    shutil.copytree(whole, broken / "0")
+    mended = run("predict", trained, broken, pyramid, "--out", out)
+    assert (mended.code, mended.err) == (0, "")
+    assert mended.out.startswith("1 of 2 images were done before\n2 images; ")
+    assert rows_of(out)[1] == good
+    assert rows_of(out)[0]["error"] == ""
+
+
+def test_nothing_but_bad_images_is_wrong_input(
+    trained: Path, pyramid: Path, tmp_path: Path, run: Run
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(pyramid, tmp_path / f"{name}.ome.zarr")
+        break_level_0(tmp_path / f"{name}.ome.zarr")
+    failed = run("predict", trained, *tmp_path.glob("*.ome.zarr"), "--out", tmp_path / "out")
     assert failed.code == 2
-    assert failed.complaint.startswith(f"ats-stream: error: {broken}: level 0: ")
-    assert not list(tmp_path.glob("out*"))
+    assert len(failed.err.splitlines()) == 2
+    assert "Predictions" in (tmp_path / "out" / "report.html").read_text()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files but those that clocks have a part in."""
+    clocked = ("predictions.parquet", "predictions.csv")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "slides" and path.name not in clocked
+    }
+
+
+def table_without_clock(folder: Path) -> dict[str, Any]:
+    columns = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    return {name: values for name, values in columns.items() if name != "seconds"}
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_files(
+    trained: Path, table: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("predict", trained, table, "--split", "test", "--draws", "3")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(*words, "--out", whole).code == 0
+    commit = PredictionFolder.commit
+
+    def cut_off(self: PredictionFolder, record: SlideRecord) -> None:
+        if record.name == TEST_NAMES[1]:
+            raise KeyboardInterrupt
+        commit(self, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PredictionFolder, "commit", cut_off)
+        assert run(*words, "--out", out).code == 130
+    assert not (out / "predictions.parquet").exists()
+    done = run(*words, "--out", out)
+    assert done.out.startswith("1 of 3 images were done before\n")
+    assert files_of(out) == files_of(whole)
+    assert table_without_clock(out) == table_without_clock(whole)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*words, "--out", out).code == 0  # a whole one: not even the clock moves
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--draws", "2"), "num_draws 1, not 2"), (("--scheme", "top"), "scheme 'murthy', not 'top'")],
+)
+def test_a_folder_of_another_prediction_is_refused(
+    trained: Path, pyramid: Path, tmp_path: Path, run: Run, words: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    info = Predictor.load(trained).info(_one_row(pyramid))
+    (tmp_path / "out" / "predict.json").write_text(json.dumps(info.to_dict()))
+    failed = run("predict", trained, pyramid, "--out", tmp_path / "out", *words)
+    assert failed.code == 2
+    assert failed.complaint.endswith(f"out: holds predictions with {said}; use another folder")
+
+
+def _one_row(pyramid: Path) -> tuple[ArchiveRow, ...]:
+    return (ArchiveRow(slide=str(pyramid), label="", split="", line=0),)
 
 
 def test_an_output_that_holds_something(trained: Path, pyramid: Path, tmp_path: Path, run: Run) -> None:
@@ -188,21 +298,21 @@ def test_an_output_that_holds_something(trained: Path, pyramid: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_ends_the_run_which_goes_on_later(
     trained: Path, pyramid: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    failed = run("predict", trained, pyramid, "--out", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        failed = run("predict", trained, pyramid, "--out", tmp_path / "out")
     assert failed.code == 1
-    assert "test-0000.png" in failed.complaint
     assert failed.complaint.endswith("No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert run("predict", trained, pyramid, "--out", tmp_path / "out").code == 0
 
 
-def test_ctrl_c_leaves_nothing(trained: Path, pyramid: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_done(trained: Path, pyramid: Path, tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"p{number}.ome.zarr").symlink_to(pyramid)
     out = tmp_path / "out"
@@ -213,9 +323,41 @@ def test_ctrl_c_leaves_nothing(trained: Path, pyramid: Path, tmp_path: Path) -> 
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while process.poll() is None and not list(tmp_path.glob("out.partial-*/pictures/*.png")):
+        while process.poll() is None and not list(out.glob("slides/*.json")):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "ats-stream: interrupted\n")
-    assert not list(tmp_path.glob("out*"))
+    assert 1 <= len(list(out.glob("slides/*.json"))) <= 30
+    assert not (out / "predictions.parquet").exists()
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    trained: Path, pyramid: Path, tmp_path: Path, run: Run
+) -> None:
+    info = Predictor.load(trained).info(_one_row(pyramid))
+    with taken(tmp_path / "out", info, ["test-0000"]):
+        failed = run("predict", trained, pyramid, "--out", tmp_path / "out")
+    assert failed.code == 2
+    assert failed.complaint.endswith("out: another run is predicting into it")
+
+
+def test_each_image_gets_attention_patches_and_embeddings(
+    trained: Path, pyramid: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    assert run("predict", trained, pyramid, "--out", out, "--draws", "2").code == 0
+    (one,) = Predictor.load(trained).predict(_one_row(pyramid), draws=2)
+    name = "test-0000"
+    attention = open_pyramid(out / "attention" / f"{name}.ome.zarr").read(0)
+    np.testing.assert_array_equal(attention[0], one.attention_YX)
+    info, (record,) = read_parquet(out / "predictions.parquet")
+    assert (info.num_draws, record.patches) == (2, one.record().patches)
+    assert record.standard_error_K == one.record().standard_error_K
+    boxes = json.loads((out / "patches" / f"{name}.geojson").read_bytes())["features"]
+    assert len(boxes) == len(one.weight_N) == 8
+    corners = {tuple(box["geometry"]["coordinates"][0][0]) for box in boxes}
+    assert corners == {(x, y) for y, x in one.offsets_ND.tolist()}
+    embeddings = pyarrow.parquet.read_table(out / "embeddings" / f"{name}.parquet").to_pydict()
+    np.testing.assert_array_equal(np.array(embeddings["feature"], np.float32), one.features_NF)
+    assert embeddings["draw"] == [0] * 4 + [1] * 4

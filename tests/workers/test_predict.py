@@ -12,9 +12,10 @@ from tiny import run_config
 
 from ats_stream.errors import CheckpointError, SlideError
 from ats_stream.io import open_pyramid
-from ats_stream.workers import ClusterConfig, train
+from ats_stream.workers import AttentionWeights, ClusterConfig, PatchSampler, Plan, train
+from ats_stream.workers.batch import collate
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from ats_stream.workers.predict import Predicted, Predictor
+from ats_stream.workers.predict import Predicted, Predictor, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -154,9 +155,74 @@ def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
         Predictor.load(tmp_path)
 
 
+def test_draws_are_independent_and_their_mean_is_given(
+    archive: Archive, run_dir: Path, predicted: list[Predicted]
+) -> None:
+    rows, predictor = archive.split("test").rows, Predictor.load(run_dir)
+    threes = list(predictor.predict(rows, draws=3))
+    # draw k of a row is the visit that a training makes of it in epoch k
+    plan = Plan(images=tuple(range(len(rows))), batch_size=1, num_epochs=3, seed=0, shuffle=False, lag=None)
+    sampler = PatchSampler(
+        [row.slide for row in rows], [0] * len(rows), predictor.config.model, predictor.config.sampler
+    )
+    state = predictor.model.attention.state_dict()
+    weights = AttentionWeights.of({name: t.numpy() for name, t in state.items()})
+    for row, (one, once) in enumerate(zip(threes, predicted, strict=True)):
+        visits = [plan.visits(epoch * len(rows) + row)[0] for epoch in range(3)]
+        items = [sampler.sample(visit, weights) for visit in visits]
+        values = np.stack(
+            [predictor.model(collate([i])).class_logits_BK.softmax(1)[0].numpy() for i in items]
+        )
+        np.testing.assert_array_equal(values[0], once.probability_K)
+        np.testing.assert_array_equal(one.probability_K, values.mean(0))
+        error = values.astype(np.float64).std(0, ddof=1) / np.sqrt(3)
+        np.testing.assert_allclose(one.standard_error_K, error, rtol=1e-9)
+        assert once.standard_error_K is None
+        assert one.draw_N.tolist() == np.repeat([0, 1, 2], 4).tolist()
+        np.testing.assert_array_equal(one.offsets_ND, np.concatenate([i.offsets_ND for i in items]))
+        np.testing.assert_array_equal(
+            one.weight_N, np.concatenate([i.weight_N for i in items]) / np.float32(3)
+        )
+        assert one.decoded_bytes == sum(item.decoded_bytes for item in items)
+        assert one.features_NF.shape == (12, 16)
+
+
+def test_rows_that_are_left_out_change_nothing(
+    archive: Archive, run_dir: Path, predicted: list[Predicted]
+) -> None:
+    found = Predictor.load(run_dir).predict_each(archive.split("test").rows, only=[1])
+    assert_same([one for one in found if isinstance(one, Predicted)], predicted[1:])
+
+
+def test_an_unreadable_row_is_told_and_the_others_go_on(
+    archive: Archive, run_dir: Path, predicted: list[Predicted]
+) -> None:
+    rows = archive.split("test").rows
+    gone = dataclasses.replace(rows[1], slide="/nowhere/gone.ome.zarr")
+    for window in (1, 16):
+        cluster = ClusterConfig(window=window)
+        first, second, third = Predictor.load(run_dir).predict_each([rows[0], gone, rows[1]], cluster)
+        assert_same([first], predicted[:1])
+        assert isinstance(second, Unreadable)
+        assert "no such file or folder" in second.record().error
+        assert isinstance(third, Predicted)
+
+
+def test_the_key_is_that_of_weights_and_configuration(run_dir: Path) -> None:
+    predictor, again = Predictor.load(run_dir), Predictor.load(run_dir)
+    assert predictor.key == again.key
+    again.model.head.bias += 1
+    assert predictor.key != again.key
+    sampler = dataclasses.replace(predictor.config.sampler, num_patches=5)
+    other = Predictor(predictor.model, dataclasses.replace(predictor.config, sampler=sampler))
+    assert predictor.key != other.key
+
+
 @pytest.mark.slow
 def test_actors_predict_what_this_process_does(
     archive: Archive, run_dir: Path, predicted: list[Predicted], ray_local: ModuleType
 ) -> None:
     cluster = ClusterConfig(executor="ray", num_ranks=1, samplers_per_rank=2, cpus_per_sampler=0.1)
-    assert_same(Predictor.load(run_dir).predict(archive.split("test").rows, cluster), predicted)
+    predictor, rows = Predictor.load(run_dir), archive.split("test").rows
+    assert_same(predictor.predict(rows, cluster), predicted)
+    assert_same(predictor.predict(rows, cluster, draws=3), predictor.predict(rows, draws=3))
