@@ -83,6 +83,7 @@ def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
     )
     if ranks:
         add_field(group, default, "num_ranks", "--ranks", "training processes")
+        add_field(group, default, "min_ranks", "--min-ranks", "as few as it may go on with; 0: all of them")
         add_field(group, default, "cpus_per_rank", "--cpus-per-rank", "CPUs set aside for a training process")
         add_field(group, default, "max_failures", "--max-failures", "restarts after a training process died")
     of = " of each training process" if ranks else ""
@@ -98,6 +99,7 @@ def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
 
 RAY_FIELDS = (
     "num_ranks",
+    "min_ranks",
     "cpus_per_rank",
     "max_failures",
     "samplers_per_rank",

@@ -66,6 +66,12 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def latest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    newest = latest_checkpoint(run_dir)
+    return 0 if newest is None else _step_of(newest)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; CheckpointError if it is absent, damaged or of another format."""
     state = read_torch_file(path, legacy=False)
@@ -95,4 +101,8 @@ def _whole(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
-    return sorted((path for path, name in found.items() if name), key=lambda path: int(path.stem[5:]))
+    return sorted((path for path, name in found.items() if name), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ats_stream.errors import AtsStreamError, ClusterError, PreemptedError
+from ats_stream.errors import AtsStreamError, ClusterError, InputError, PreemptedError
 from ats_stream.workers.allocator import keep_freed_memory
+from ats_stream.workers.checkpoint import latest_step
+from ats_stream.workers.elastic import RankNeeds, WorldChoice
+from ats_stream.workers.elastic_fit import Failed, NotStarted, Stopped, fit_elastic, nodes_that_answer
 from ats_stream.workers.metrics import MetricsFollower, read_progress
 from ats_stream.workers.preemption import keep_sigterm
 from ats_stream.workers.trainer import TrainJob, train_rank
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from ats_stream.models import PatchClassifier
     from ats_stream.workers.config import ClusterConfig
+    from ats_stream.workers.elastic_fit import Outcome
     from ats_stream.workers.metrics import Record
     from ats_stream.workers.preemption import StopRequest
     from ats_stream.workers.ray_backend import StopSign
@@ -206,47 +210,83 @@ def fit_with_ray(
 ) -> None:
     """Run the training loop in ``num_ranks`` processes of Ray Train, and follow its metrics.
 
-    Raises what a rank raised, if that is one of our errors, else ClusterError. KeyboardInterrupt ends the
-    ranks.
+    With ``min_ranks`` as many of them as there is room for, again after a failure and when there is room for
+    more. Raises what a rank raised, if that is one of our errors, else ClusterError. KeyboardInterrupt ends
+    the ranks.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    follower = MetricsFollower(run_dir)
+
+    def listen() -> None:
+        for record in follower.new_records():
+            on_record(record)
+        progress = read_progress(run_dir)
+        if progress is not None:
+            on_step(*progress)
+
+    def fit(num_ranks: int, is_outgrown: Callable[[], bool]) -> Outcome:
+        return _fit(job, run_dir, num_ranks, listen, lambda: stop.asked or is_outgrown())
+
+    cluster = job.cluster
+    if cluster.min_ranks:
+        choice = WorldChoice(job.config.trainer.batch_size, cluster)
+        outcome = fit_elastic(fit, choice, nodes_that_answer, stop, max_failures=cluster.max_failures)
+    else:
+        outcome = fit(cluster.num_ranks, lambda: False)
+    if isinstance(outcome, Failed):
+        raise outcome.error from outcome.error.__cause__
+    if isinstance(outcome, NotStarted):
+        raise ClusterError(f"training failed: {outcome.reason}")
+    if isinstance(outcome, Stopped):
+        # a stop between two fits finds all saved
+        step = outcome.step if outcome.step >= 0 else latest_step(run_dir)
+        raise PreemptedError(job.run_dir, step, job.plan.num_steps)
+
+
+def _fit(
+    job: TrainJob,
+    run_dir: Path,
+    num_ranks: int,
+    listen: Callable[[], None],
+    must_stop: Callable[[], bool],
+) -> Outcome:
+    """Start so many ranks and wait for their end."""
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from ats_stream.workers.ray_backend import StoppableTorchConfig, StopSign
 
     cluster = job.cluster
     name = f"{RAY_TRAIN_NAME}-{time.time_ns()}"
-    sign = StopSign(name)
-    resources = {"CPU": cluster.cpus_per_rank}
-    if cluster.use_gpu:
-        resources["GPU"] = 1
+    # an elastic run starts again itself, with another number of ranks
+    limits: dict[str, Any] = {"controller_failure_limit": 0, "max_preemption_failures": 0}
+    failures = {"max_failures": 0, **limits} if cluster.min_ranks else {"max_failures": cluster.max_failures}
     trainer = TorchTrainer(
         _ray_rank,  # type: ignore[arg-type]  # Ray hands back what it returns, and types it as returning nothing
         train_loop_config={"job": job, "stop_sign": name},
         torch_config=StoppableTorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_ranks, use_gpu=cluster.use_gpu, resources_per_worker=resources
+            num_workers=num_ranks,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=dict(RankNeeds.of(cluster).rank),
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(run_dir.absolute()),  # a relative one is taken for a URL
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(**failures),
         ),
     )
-    outcome = _fit_in_thread(trainer, run_dir, on_record, on_step, stop, sign)
+    outcome = _fit_in_thread(trainer, listen, must_stop, StopSign(name))
+    if isinstance(outcome, ControllerError):
+        return NotStarted(_first_line(outcome))
     if isinstance(outcome, BaseException):
-        raise _in_our_words(outcome) from outcome
-    if outcome is not None:
-        raise PreemptedError(job.run_dir, *outcome)
+        error = _in_our_words(outcome)
+        error.__cause__ = outcome
+        return Failed(error, may_recur=isinstance(error, InputError))
+    return None if outcome is None else Stopped(*outcome)
 
 
 def _fit_in_thread(
-    trainer: Any,
-    run_dir: Path,
-    on_record: Callable[[Record], None],
-    on_step: Callable[[int, int], None],
-    stop: StopRequest,
-    sign: StopSign,
+    trainer: Any, listen: Callable[[], None], must_stop: Callable[[], bool], sign: StopSign
 ) -> tuple[int, int] | BaseException | None:
     """Fit beside the main thread, which shows the metrics and stays open to Ctrl-C and SIGTERM.
 
@@ -260,21 +300,16 @@ def _fit_in_thread(
         except BaseException as error:
             outcomes.append(error)
 
-    follower = MetricsFollower(run_dir)
     thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
     thread.start()
     told = False
     while True:
         thread.join(POLL_INTERVAL_S)
-        if stop.asked and not told:
+        if not told and must_stop():
             sign.put_up()
             told = True
         has_ended = not thread.is_alive()  # asked before reading, so that no record is missed
-        for record in follower.new_records():
-            on_record(record)
-        progress = read_progress(run_dir)
-        if progress is not None:
-            on_step(*progress)
+        listen()
         if has_ended:
             if told:
                 sign.take_down()

@@ -123,6 +123,9 @@ class ClusterConfig:
     """``serial``: all in this process. ``ray``: ranks under Ray Train, each with its own sampler actors."""
     num_ranks: int = 2
     """Training processes (``ray`` only)."""
+    min_ranks: int = 0
+    """As few ranks as a run may go on with when nodes are lost; it grows again when there is room. The number
+    at work always divides the batch. 0: always ``num_ranks``."""
     samplers_per_rank: int = 1
     """Sampler actors of each rank (``ray`` only)."""
     cpus_per_rank: float = 1.0
@@ -136,7 +139,7 @@ class ClusterConfig:
     window: int = DEFAULT_WINDOW
     """Items that a rank has on order at a time."""
     max_failures: int = 0
-    """How often Ray Train starts the ranks again, from the last checkpoint, after one has died."""
+    """How often the ranks are started again, from the last checkpoint, after one has died."""
     address: str | None = None
     """Address of the Ray cluster; by default $RAY_ADDRESS, else a cluster of this machine is started."""
     object_store_bytes: int = 256 << 20  # 256 MiB
@@ -148,9 +151,18 @@ class ClusterConfig:
         for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures"):
+        for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures", "min_ranks"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.min_ranks > self.num_ranks:
+            raise ValueError(f"min_ranks must be at most {self.num_ranks}, all ranks, got {self.min_ranks}")
+        if self.min_ranks and not self.max_failures:
+            raise ValueError("max_failures must be at least 1 where fewer ranks may go on, got 0")
+
+    @property
+    def least_ranks(self) -> int:
+        """As few ranks as the run may have."""
+        return self.min_ranks or self.num_ranks
 
     @property
     def world_size(self) -> int:
