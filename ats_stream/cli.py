@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "say what a training takes before it runs",
     "train": "train an attention model on an archive of pyramids",
     "predict": "run a trained model over pyramids and draw what it looked at",
+    "doctor": "say whether this installation works, and what to do",
     "demo": "convert a real slide, train on large images, write a report",
 }
 
@@ -51,7 +52,8 @@ archive.csv names each pyramid, its label and its split:
   pyramids/a.ome.zarr,tumor,train
   pyramids/b.ome.zarr,normal,val
 
-'ats-stream demo' shows all of it on real data. 'ats-stream COMMAND --help' explains a command.
+'ats-stream demo' shows all of it on real data; 'ats-stream doctor' looks the installation over.
+'ats-stream COMMAND --help' explains a command.
 exit codes: 0 done, 1 failed, 2 wrong input, 75 resumable (training was saved after SIGTERM: the same command
 goes on), 130 interrupted
 """

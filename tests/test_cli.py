@@ -45,7 +45,7 @@ def test_help_loads_nothing_heavy(statement: str) -> None:
 def test_commands_on_images_need_neither_ray_nor_torch(command: str) -> None:
     program = f"from ats_stream.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass"
     found = loaded_by(program)
-    assert "'numpy'" in found or command in {"info", "plan", "verify"}
+    assert "'numpy'" in found or command in {"info", "plan", "verify", "doctor"}
     assert not any(f"'{name}'" in found for name in ("ray", "torch", "zarr", "dask"))
 
 
@@ -66,7 +66,7 @@ def test_help_names_every_command_and_each_has_help(capsys: pytest.CaptureFixtur
             cli.main([command, "--help"])
         text = capsys.readouterr().out
         assert f"ats-stream {command} " in text
-        assert "--out" in text or command in {"info", "plan", "verify"}
+        assert "--out" in text or command in {"info", "plan", "verify", "doctor"}
     assert "75 resumable" in overview
     assert "130 interrupted" in overview
 
