@@ -11,12 +11,13 @@ import os
 import signal
 import threading
 from collections import deque
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ats_stream.errors import AtsStreamError, ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
@@ -200,56 +201,85 @@ class RayExecutor:
 
         self.num_workers = num_workers
         # a node that is lost does not cost the slide, a slide that kills its worker does in the end
-        self._task = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(_run_collecting)
-        self._references: dict[Any, int] = {}
+        self._task = ray.remote(
+            num_cpus=1, max_retries=2, num_returns="streaming", scheduling_strategy="SPREAD"
+        )(_tell_of_shards)
+        self._reports: dict[Any, int] = {}
+        """What each task tells, and the number of its call."""
 
     def submit(self, number: int, call: Call) -> None:
         """Start a task."""
-        self._references[self._task.remote(call)] = number
+        self._reports[self._task.remote(call)] = number
 
     def wait(self, on_shard: OnShard) -> list[tuple[int, Any]]:
-        """The tasks that have ended, at least one."""
+        """Listen to all tasks until one of them has ended."""
         import ray
 
-        ready, _ = ray.wait(list(self._references))
         ended: list[tuple[int, Any]] = []
-        for reference in ready:
-            number = self._references.pop(reference)
-            try:
-                shards, result = ray.get(reference)
-            except ray.exceptions.WorkerCrashedError as error:
-                ended.append((number, ClusterError(f"its Ray worker died: {_first_line(error)}")))
-                continue
-            except ray.exceptions.RayTaskError as error:
-                # our own errors come as results, so this is a bug, which keeps the worker's traceback
-                ended.append((number, error))
-                continue
-            except ray.exceptions.RayError as error:
-                ended.append((number, ClusterError(_first_line(error))))
-                continue
-            for shard, entry in shards:
-                on_shard(number, shard, entry)
-            ended.append((number, result))
+        while not ended:
+            ready, _ = ray.wait(list(self._reports), fetch_local=False)
+            for reports in ready:
+                number = self._reports[reports]
+                kind, *content = self._next(reports)
+                if kind == "shard":
+                    on_shard(number, *content)
+                else:
+                    del self._reports[reports]
+                    ended.append((number, content[0]))
         return ended
+
+    def _next(self, reports: Any) -> tuple[Any, ...]:
+        """The next thing that a task tells; what became of its worker, if that ended it."""
+        import ray
+
+        try:
+            told: tuple[Any, ...] = ray.get(next(reports))
+        except ray.exceptions.WorkerCrashedError as error:
+            return "end", ClusterError(f"its Ray worker died: {_first_line(error)}")
+        except ray.exceptions.RayTaskError as error:
+            # our own errors come as results, so this is a bug, which keeps the worker's traceback
+            return "end", error
+        except ray.exceptions.RayError as error:
+            return "end", ClusterError(_first_line(error))
+        return told
 
     def close(self) -> None:
         """Cancel what has not ended."""
         import ray
 
-        for reference in self._references:
-            ray.cancel(reference, force=True)
-        if self._references:
-            ray.wait(list(self._references), num_returns=len(self._references))
-        self._references.clear()
+        ends = [reports.completed() for reports in self._reports]
+        for reports in self._reports:
+            ray.cancel(reports, force=True)
+        if ends:
+            ray.wait(ends, num_returns=len(ends))
+        self._reports.clear()
 
 
-def _run_collecting(call: Call) -> tuple[list[tuple[Shard, ManifestEntry]], Any]:
-    """Make a call; shards and result, or our own error, come together."""
-    shards: list[tuple[Shard, ManifestEntry]] = []
-    try:
-        return shards, call.run(lambda shard, entry: shards.append((shard, entry)))
-    except AtsStreamError as error:
-        return shards, error
+def _tell_of_shards(call: Call) -> Iterator[tuple[Any, ...]]:
+    """Make a call, and tell of each shard as it is stored, at last of the result or our own error.
+
+    What is told of is not made again after an end of any kind.
+    """
+    told: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            result: Any = call.run(lambda shard, entry: told.put(("shard", shard, entry)))
+        except AtsStreamError as error:
+            result = error
+        except BaseException as error:
+            told.put(("raise", error))
+            return
+        told.put(("end", result))
+
+    threading.Thread(target=work, name="ats-convert", daemon=True).start()
+    while True:
+        kind, *content = told.get()
+        if kind == "raise":
+            raise content[0]
+        yield kind, *content
+        if kind == "end":
+            return
 
 
 def _first_line(error: BaseException) -> str:

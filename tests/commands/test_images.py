@@ -11,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -172,6 +173,32 @@ def test_ctrl_c_leaves_no_pyramid(tmp_path: Path) -> None:
         "large.ome.zarr.partial",
         "large.ome.zarr.partial.manifest.jsonl",
     ]
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_ray_leaves_no_process_and_nothing_that_is_lost(tmp_path: Path) -> None:
+    source, out, whole = tmp_path / "large.bmp", tmp_path / "out", tmp_path / "whole"
+    Image.effect_noise((3000, 3000), 50).save(source)
+    command = preprocess(source, "--out", out, "--shard-px", "256", "--no-tissue")
+    with subprocess.Popen(
+        [*command, "--ray", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        # a shard is stored, and Ray is at work
+        while process.poll() is None and not list(out.glob("*.partial/0/c/*/*/*")):
+            time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "ats-stream: interrupted")
+    assert children
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert [child.cmdline() for child in left] == []
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "resumed: " in again.stdout
+    subprocess.run(preprocess(source, "--out", whole, "--shard-px", "256", "--no-tissue"), check=True)
+    made = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (out, whole)]
+    assert made[0] == made[1]
 
 
 def test_info_tells_how_levels_are_stored(slide_path: Path, tmp_path: Path, run: Run) -> None:

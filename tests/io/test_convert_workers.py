@@ -13,7 +13,7 @@ import tifffile
 
 from ats_stream.errors import ArchiveError, InputError, SlideError, StorageError
 from ats_stream.io import ConvertConfig, convert, open_pyramid, preprocess, target_path, write_pyramid
-from ats_stream.io.convert_executors import ProcessExecutor, SerialExecutor
+from ats_stream.io.convert_executors import SerialExecutor, make_executor
 from ats_stream.io.convert_inputs import expand_inputs, pixel_sizes
 from ats_stream.io.convert_plan import ConvertPlan, Shard, build_levels
 from ats_stream.io.convert_run import run_jobs
@@ -109,7 +109,8 @@ class Deadly:
         return np.ones([s.stop - s.start for s in key], np.uint8)
 
 
-def test_a_slide_that_kills_its_worker_fails_alone(slides, serial, tmp_path):
+@pytest.mark.parametrize("kind", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_slide_that_kills_its_worker_fails_alone(slides, serial, tmp_path, request, kind):
     from ats_stream.io.slides import ArraySlide
 
     out = str(tmp_path)
@@ -118,9 +119,12 @@ def test_a_slide_that_kills_its_worker_fails_alone(slides, serial, tmp_path):
         ConvertJob(source=source, target=f"{out}/{name}.ome.zarr", config=CONFIG)
         for source, name in zip(sources, ("0", "deadly", "1", "2"), strict=True)
     ]
-    results = list(run_jobs(jobs, ProcessExecutor(2), progress=False))
+    if kind == "ray":
+        request.getfixturevalue("ray_local")
+    results = list(run_jobs(jobs, make_executor(2, on_ray=kind == "ray"), progress=False))
     assert [r.ok for r in results] == [True, False, True, True]
-    assert "a worker process ended with exit code -9" in results[1].reason
+    says = {"processes": "a worker process ended with exit code -9", "ray": "its Ray worker died"}
+    assert says[kind] in results[1].reason
     assert files(tmp_path) == serial["lossless"][0]
 
 
