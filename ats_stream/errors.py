@@ -56,6 +56,31 @@ class SlideError(InputError):
         return f"{self.slide}: {self.reason}"
 
 
+class BadImagesError(InputError):
+    """More images cannot be read than may be left out.
+
+    >>> print(BadImagesError(["a.svs: torn", "b.svs: empty"], 30, 0.05))
+    2 of 30 images cannot be read, more than 0.05 of them may: a.svs: torn; b.svs: empty
+    """
+
+    NUM_SHOWN = 5
+
+    def __init__(self, images: list[str], num_images: int, max_share: float) -> None:
+        super().__init__(images, num_images, max_share)
+        self.images = images
+        """Names and reasons."""
+        self.num_images = num_images
+        self.max_share = max_share
+
+    def __str__(self) -> str:
+        more = len(self.images) - self.NUM_SHOWN
+        return (
+            f"{len(self.images)} of {self.num_images} images cannot be read, more than "
+            f"{self.max_share:g} of them may: {'; '.join(self.images[: self.NUM_SHOWN])}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
+
+
 class ArchiveError(InputError):
     """An archive table misses a column, a value or a file."""
 

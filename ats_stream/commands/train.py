@@ -22,6 +22,9 @@ In the lines printed, sampled mass is the share of the attention that lies on th
 share of the time that training waited for patches, and, with --lag, staleness by how many steps the attention
 that drew was behind and effective the share of the patches that this leaves worth drawing.
 
+An image that cannot be read ends the run by its name. With --on-bad-image skip it is left out, told and noted
+in metrics.jsonl and ledger.jsonl, and the run ends only when more than --max-bad of the images are like that.
+
   ats-stream train archive.csv --out runs/third --config runs/first/config.yaml --lr 3e-4
 
 takes every setting from a file, such as that of another run, except those given as options.
@@ -152,11 +155,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     epochs = f"{num_epochs} epoch{'s' * (num_epochs != 1)}"
     if num_epochs < trainer.num_epochs:
         epochs += f" of {trainer.num_epochs}, the last {trainer.patience} no better,"
-    print(f"{result.run_dir}: {epochs} done{note}{score}; {result.checkpoint}")
+    skipped = result.skipped
+    left_out = f", {len(skipped)} image{'s' * (len(skipped) != 1)} left out" if skipped else ""
+    print(f"{result.run_dir}: {epochs} done{note}{score}{left_out}; {result.checkpoint}")
     return {
         "run": str(result.run_dir.absolute()),
         "checkpoint": str(result.checkpoint.absolute()),
         f"val_{name}": scores[-1] if scores else None,
+        **({"skipped": {one.slide: one.reason for one in skipped}} if skipped else {}),
     }
 
 
@@ -229,7 +235,11 @@ class EpochLines:
 
     def on_record(self, record: Record) -> None:
         """Print one record."""
-        if record["phase"] == "train":
+        from ats_stream.workers.metrics import SKIPPED
+
+        if record["phase"] == SKIPPED:
+            line = f"left out, cannot be read: {record['slide']}: {record['reason']}"
+        elif record["phase"] == "train":
             behind = f"  staleness {record['staleness']:.1f}" if record["staleness"] else ""
             effective = f"  effective {record['effective_share']:.0%}" if behind else ""
             line = (

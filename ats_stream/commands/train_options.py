@@ -57,6 +57,7 @@ def add_trainer_options(parser: argparse.ArgumentParser) -> None:
     from ats_stream.workers import TrainerConfig
     from ats_stream.workers.config import VISITS
     from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
+    from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES
     from ats_stream.workers.tasks import TASKS
 
     trainer = TrainerConfig()
@@ -111,6 +112,15 @@ def add_trainer_options(parser: argparse.ArgumentParser) -> None:
     )
     add_field(group, trainer, "train_split", "--train-split", "split to train on")
     add_field(group, trainer, "val_split", "--val-split", "split to evaluate after each epoch, if there")
+    add_choice(
+        group,
+        trainer,
+        "on_bad_image",
+        "--on-bad-image",
+        BAD_IMAGE_POLICIES,
+        "what an image that cannot be read does: end the run, or be left out and told",
+    )
+    add_field(group, trainer, "max_bad_share", "--max-bad", "share of the images that may be left out")
     group.add_argument(
         "--folds", type=int, metavar="K", help="cut both splits into K folds, groups kept whole; needs --fold"
     )

@@ -108,13 +108,16 @@ def evaluate(
     device: torch.device,
     *,
     before_step: Callable[[], None] = lambda: None,
+    on_bad: Callable[[Item], None] = lambda _: None,
 ) -> Iterator[Evaluated]:
-    """Run a model over a stream; visits of share 0, which only fill a batch, are left out.
+    """Run a model over a stream; visits of share 0, which only fill a batch or are bad, are left out.
 
-    ``before_step`` is called before each step, the same number of times in all ranks.
+    ``before_step`` is called before each step, the same number of times in all ranks; ``on_bad`` sees what
+    takes the place of images that cannot be read, if the stream lets them through.
     """
     while stream.step < stream.plan.num_steps:
         before_step()
+        planned = stream.plan.visits_of_rank(stream.step, stream.rank, stream.world_size)
         items = stream.next_step()
         model.eval()
         # closed before each yield: the mode belongs to the thread, so to whoever receives what is yielded
@@ -122,6 +125,9 @@ def evaluate(
             prediction = model(collate(items).to(device))
             outputs_BK = prediction.class_logits_BK.cpu().numpy()
             attention_BN = prediction.attention_BN.cpu().numpy()
+        for item, visit in zip(items, planned, strict=True):
+            if item.bad is not None and visit.share > 0:
+                on_bad(item)
         for item, outputs_K, attention_N in zip(items, outputs_BK, attention_BN, strict=True):
             if item.visit.share > 0:
                 yield Evaluated(item, outputs_K, attention_N)

@@ -16,7 +16,7 @@ from ats_stream.models.weights import read_torch_file
 if TYPE_CHECKING:
     import os
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "checkpoints"
 NUM_KEPT = 2
 FIELDS: dict[str, type] = {
@@ -26,6 +26,7 @@ FIELDS: dict[str, type] = {
     "average": dict,
     "optimiser": dict,
     "best": dict,
+    "bad_images": list,
     "versions": dict,
     "totals": dict,
 }

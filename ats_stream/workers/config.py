@@ -12,6 +12,7 @@ from ats_stream.errors import CheckpointError, InputError
 from ats_stream.files import write_atomic
 from ats_stream.models import ModelConfig
 from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
+from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES, FAIL
 from ats_stream.workers.sampler import SamplerConfig
 from ats_stream.workers.stream import DEFAULT_WINDOW
 from ats_stream.workers.tasks import TASKS
@@ -30,6 +31,7 @@ _CHOICES: dict[str, Collection[str]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
     "visits": VISITS,
+    "on_bad_image": BAD_IMAGE_POLICIES,
 }
 
 
@@ -86,6 +88,10 @@ class TrainerConfig:
     """Split of the archive table that is trained on."""
     val_split: str = "val"
     """Split that is evaluated after each epoch; none if the table has no such rows."""
+    on_bad_image: str = FAIL
+    """What an image that cannot be read does: ``fail`` ends the run, ``skip`` leaves the image out."""
+    max_bad_share: float = 0.05
+    """Share of the images that may be left out; more end the run."""
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -104,7 +110,7 @@ class TrainerConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("decay_share", "warmup_share"):
+        for name in ("decay_share", "warmup_share", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.average_decay < 1:

@@ -101,11 +101,16 @@ class Learner:
             self.batches.stage(part)
 
     def step(
-        self, items: Sequence[Item], *, meanwhile: Callable[[], None] = lambda: None
+        self,
+        items: Sequence[Item],
+        *,
+        num_images: int | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """One optimiser step; sums over the images that the metrics are made of.
 
-        ``meanwhile`` is called while the device is at work on the step.
+        ``num_images`` are those, over all ranks, that the loss is the mean of (default: as the items' shares
+        say); with none the gradient is 0. ``meanwhile`` is called while the device is at work on the step.
         """
         self.model.train()
         self._optimiser.zero_grad()
@@ -115,7 +120,7 @@ class Learner:
             # gradients travel between the ranks once, with the last part
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self._unsynchronised():
-                for name, value in self._backward(part, meanwhile if is_last else lambda: None).items():
+                for name, value in self._backward(part, num_images, meanwhile if is_last else None).items():
                     sums[name] = sums.get(name, 0.0) + value
         self._scaler.unscale_(self._optimiser)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -134,17 +139,20 @@ class Learner:
         wrapped: Any = self._wrapped
         return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
 
-    def _backward(self, items: Sequence[Item], meanwhile: Callable[[], None]) -> dict[str, float]:
+    def _backward(
+        self, items: Sequence[Item], num_images: int | None, meanwhile: Callable[[], None] | None
+    ) -> dict[str, float]:
         device = self.ranks.device
         with autocast(device, self.config.precision):
             prediction = self._wrapped(self.batches.take(items))
         row_B = torch.tensor([item.visit.image for item in items], device=device)
-        share_B = torch.tensor([item.visit.share for item in items], device=device)
+        share_B = torch.tensor(_shares(items, num_images), device=device)
         loss, loss_B = self._loss(prediction.class_logits_BK, row_B, share_B)
         loss = loss - self.config.entropy_weight * (share_B * prediction.entropy_B).sum()
         # shares sum to 1 over all ranks, and the wrapper averages gradients over the ranks
         self._scaler.scale(loss * self.ranks.world_size).backward()
-        meanwhile()  # before anything waits for the device
+        if meanwhile is not None:
+            meanwhile()  # before anything waits for the device
         return _sums(items, prediction, loss_B, (share_B > 0).cpu(), self._right(prediction, row_B))
 
     def _loss(self, outputs_BK: Tensor, row_B: Tensor, share_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +163,8 @@ class Learner:
         # every rank computes the whole, through which only its own outputs get gradients
         all_BK, all_row_B, all_share_B = (self.ranks.gather(v) for v in (outputs_BK, row_B, share_B))
         real_B = all_share_B > 0
+        if not real_B.any():
+            return 0 * outputs_BK.sum(), torch.zeros_like(share_B)
         weight_B = self._weight_R[all_row_B[real_B]]
         loss_B = torch.zeros_like(all_share_B)
         loss_B[real_B] = self.task.loss(all_BK[real_B], self._target_RT[all_row_B[real_B]])
@@ -166,6 +176,13 @@ class Learner:
         if self.config.task != "classification":
             return None
         return (prediction.class_logits_BK.argmax(1) == self._target_RT[row_B, 0].long()).cpu()
+
+
+def _shares(items: Sequence[Item], num_images: int | None) -> list[float]:
+    """What each image counts in the loss, 0 for one that fills a batch or is bad."""
+    if num_images is None:
+        return [item.visit.share for item in items]
+    return [1.0 / num_images if item.visit.share > 0 else 0.0 for item in items]
 
 
 def _sums(

@@ -64,7 +64,8 @@ class VisitRecord:
     stream_id: int
     """Key of the draws: one for each visit of a run that counts."""
     share: float
-    """Weight in the step's loss by the plan; 0 for a visit that only fills up the last batch of an epoch."""
+    """Weight in the step's loss by the plan; 0 for a visit that only fills up the last batch of an epoch, and
+    in a validation."""
     version: int
     """The attention that drew was that after so many steps,"""
     attention_key: str
@@ -147,6 +148,14 @@ class Ledger:
             for item, visit in zip(items, visits, strict=True)
         ]
 
+    def note_bad(self, step: int, items: Sequence[Item]) -> None:
+        """Note what this rank could not read of the validation after a step."""
+        epoch = step // self._plan.steps_per_epoch + 1
+        self._noted += [
+            VisitRecord.of(item, phase=VAL, step=step, epoch=epoch, rank=self._ranks.rank, share=0.0)
+            for item in items
+        ]
+
     def flush(self) -> None:
         """Write what was noted since the last time; all ranks together. StorageError if the disk refuses."""
         lines = "".join(record.to_json() + "\n" for record in self._noted).encode()
@@ -157,6 +166,7 @@ class Ledger:
         # each rank's lines rise with the steps, and the sort is stable: the plan's order
         in_order = sorted(of_all.numpy().tobytes().splitlines(keepends=True), key=_place)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.writelines(in_order)
                 file.flush()

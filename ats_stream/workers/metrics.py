@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,10 +14,14 @@ from ats_stream.files import write_atomic
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from ats_stream.workers.quarantine import BadImage
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PROGRESS_FILE = "progress.json"
 PROGRESS_INTERVAL_S = 1.0
+SKIPPED = "skipped"
+"""Phase of the record of an image that could not be read and is left out: its row, slide and reason."""
 
 Record = dict[str, Any]
 
@@ -24,7 +29,8 @@ Record = dict[str, Any]
 class MetricsLog:
     """Writes the records of a run. After a resume, records of steps that will be done again are dropped.
 
-    A record has ``step``, ``phase`` (``train`` or ``val``) and numbers.
+    A record has ``step``, ``phase`` (``train`` or ``val``) and numbers; or the phase ``skipped``, and names
+    an image that could not be read.
     """
 
     def __init__(
@@ -67,6 +73,17 @@ class MetricsLog:
         if self._on_record is not None:
             self._on_record(record)
 
+    def skipped(self, step: int, epoch: int, image: BadImage) -> None:
+        """Add the record of an image that is left out; StorageError if the disk refuses."""
+        record = {"phase": SKIPPED, "step": step, "epoch": epoch, **dataclasses.asdict(image)}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot write metrics: {error.strerror or error}") from error
+        if self._on_record is not None:
+            self._on_record(record)
+
     def progress(self, step: int, num_steps: int) -> None:
         """Tell how far the run is: to ``on_step``, else in a file that other processes may look at."""
         if self._on_step is not None:
@@ -91,8 +108,8 @@ class MetricsFollower:
         self.new_records()
 
     def new_records(self) -> list[Record]:
-        """Records of a phase and step that were not there before."""
-        fresh = {(r.get("phase"), r["step"]): r for r in read_metrics(self.run_dir)}
+        """Records of a phase and step, or of a bad image, that were not there before."""
+        fresh = {(r.get("phase"), r["step"], r.get("image")): r for r in read_metrics(self.run_dir)}
         found = [record for key, record in fresh.items() if key not in self._seen]
         self._seen |= fresh.keys()
         return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ats_stream.errors import AtsStreamError
+from ats_stream.errors import AtsStreamError, SlideError
 from ats_stream.workers.protocol import AttentionWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from ats_stream.workers.plan import Plan, Visit
     from ats_stream.workers.protocol import Item
 
+    Substitute = Callable[[Visit, AttentionWeights, SlideError], Item]
+
 DEFAULT_WINDOW = 16
 """Items that one rank has on order at a time: bounds the memory between samplers and trainer."""
+
+
+class _Ordered(NamedTuple):
+    visit: Visit
+    weights: AttentionWeights
+    pending: Pending
 
 
 class Stream:
@@ -28,7 +36,8 @@ class Stream:
     items ahead as far as the window goes and as versions are there. With ``plan.lag = None`` version 0 draws
     everything and the stream is simply an iterator.
 
-    Raises SlideError when a slide cannot be read, at the item it belongs to.
+    When a slide cannot be read, ``instead`` gives the item that takes its place; without it SlideError is
+    raised, at the item it belongs to.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class Stream:
         world_size: int = 1,
         start_step: int = 0,
         window: int = DEFAULT_WINDOW,
+        instead: Substitute | None = None,
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
@@ -49,7 +59,8 @@ class Stream:
         """The step whose items come next."""
         self.versions: dict[int, AttentionWeights] = {}
         """Versions of the attention that steps to come may still draw with."""
-        self._pending: deque[Pending] = deque()
+        self._instead = instead
+        self._pending: deque[_Ordered] = deque()
         self._ahead: list[Item] | AtsStreamError | None = None
         self._visits = self._upcoming()
         self._next = next(self._visits, None)
@@ -98,9 +109,17 @@ class Stream:
     def _collect(self) -> list[Item]:
         items = []
         for _ in range(self.plan.batch_size // self.world_size):
-            items.append(self._pending.popleft().result())
+            items.append(self._result(self._pending.popleft()))
             self._order()
         return items
+
+    def _result(self, ordered: _Ordered) -> Item:
+        try:
+            return ordered.pending.result()
+        except SlideError as error:
+            if self._instead is None:
+                raise
+            return self._instead(ordered.visit, ordered.weights, error)
 
     def __iter__(self) -> Iterator[Item]:
         while self.step < self.plan.num_steps:
@@ -115,5 +134,6 @@ class Stream:
             weights = self.versions.get(self._next.version)
             if weights is None:
                 break
-            self._pending.append(self.executor.submit(self._next, weights))
+            pending = self.executor.submit(self._next, weights)
+            self._pending.append(_Ordered(self._next, weights, pending))
             self._next = next(self._visits, None)

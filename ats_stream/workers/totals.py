@@ -39,6 +39,7 @@ class Totals:
         total = self.over(ranks)
         seconds = total.pop("seconds")
         images, wait_s, step_s = total.pop("images"), total.pop("wait_s"), total.pop("step_s")
-        means = {name: value / images for name, value in total.items()}
-        speed = {"seconds": seconds, "images_per_s": images / seconds, "wait_share": wait_s / step_s}
+        bad = {"bad_visits": total.pop("bad_visits")} if "bad_visits" in total else {}
+        means = {name: value / max(images, 1.0) for name, value in total.items()}
+        speed = {**bad, "seconds": seconds, "images_per_s": images / seconds, "wait_share": wait_s / step_s}
         return {**means, **speed}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,21 @@ from ats_stream.workers.ledger import FLUSH_STEPS, Ledger, keep_ledger
 from ats_stream.workers.metrics import MetricsLog, Record
 from ats_stream.workers.plan import Plan
 from ats_stream.workers.protocol import AttentionWeights
+from ats_stream.workers.quarantine import FAIL, Quarantine, blank_item
 from ats_stream.workers.stream import Stream
 from ats_stream.workers.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ats_stream.workers.executors import Executor
+    from ats_stream.workers.protocol import Item
     from ats_stream.workers.ranks import Ranks
+    from ats_stream.workers.stream import Substitute
+
+
+CHANGEABLE = ("on_bad_image", "max_bad_share")
+"""Fields of TrainerConfig with which a run may be taken up that began with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +106,27 @@ class TrainJob:
 
 def check_resumable(state: Mapping[str, Any], job: TrainJob) -> None:
     """Raise CheckpointError if a checkpoint belongs to another configuration or to another archive."""
-    check_same(state["config"], job.config.to_dict(), job.run_dir)
+    before, now = state["config"], job.config.to_dict()
+    if isinstance(before.get("trainer"), dict):
+        for name in CHANGEABLE:
+            now["trainer"][name] = before["trainer"].get(name)
+    check_same(before, now, job.run_dir)
     if state["archive"] != job.archive_key:
         raise CheckpointError(
             f"{job.run_dir}: slides, labels or splits of the table have changed; use another run folder"
         )
+
+
+def _substitute(job: TrainJob) -> Substitute | None:
+    """What takes the place of an image that cannot be read, if the configuration wants that."""
+    if job.config.trainer.on_bad_image == FAIL:
+        return None
+    return partial(
+        blank_item,
+        slides=job.slides,
+        sampler=job.config.sampler,
+        num_channels=job.config.model.num_channels,
+    )
 
 
 def train_rank(
@@ -159,6 +183,12 @@ class RankTrainer:
             weight_R=job.loss_weights_of_rows,
         )
         self.task = self.learner.task
+        self.quarantine = Quarantine(
+            ranks,
+            num_images=len({*job.train_rows, *job.val_rows}),
+            max_share=config.max_bad_share,
+        )
+        self._instead = _substitute(job)
         self.ledger = Ledger(Path(job.run_dir), self.plan, ranks)
         self.best = BestModel(higher_is_better=self.task.higher_is_better)
         self.totals = Totals()
@@ -175,6 +205,7 @@ class RankTrainer:
             world_size=self.ranks.world_size,
             start_step=start_step,
             window=self.job.cluster.window,
+            instead=self._instead,
         )
 
     def resume(self) -> None:
@@ -193,6 +224,7 @@ class RankTrainer:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.learner.restore(state)
         self.best.restore(state["best"])
+        self.quarantine.restore(state["bad_images"])
         self.stream = self._stream(start_step=state["step"])
         self.stream.restore(
             {
@@ -208,6 +240,11 @@ class RankTrainer:
         # they are sums over all ranks, so one rank takes them and the others begin at nothing
         first = self.ranks.rank == 0
         self.totals = Totals(state["totals"] if first else dict.fromkeys(state["totals"], 0.0))
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch of the step that was taken last, from 1."""
+        return -(-self.stream.step // self.plan.steps_per_epoch)
 
     def keep_ledger(self) -> None:
         """Cut off what the ledger tells of steps after the checkpoint that was taken up."""
@@ -231,6 +268,7 @@ class RankTrainer:
                 "archive": self.job.archive_key,
                 **self.learner.state(),
                 "best": self.best.state(),
+                "bad_images": self.quarantine.state(),
                 "versions": versions,
                 "totals": totals,
             },
@@ -242,6 +280,8 @@ class RankTrainer:
 
         It ends earlier when validation has not got better for as many epochs as the configuration allows.
         """
+        if log is not None:
+            self.quarantine.on_new = lambda one: log.skipped(self.stream.step, self._epoch, one)
         interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
         if self._epoch_is_open:
             self._end_epoch(log)
@@ -261,7 +301,7 @@ class RankTrainer:
     def _end_epoch(self, log: MetricsLog | None) -> None:
         """Validate, write the metrics, and save."""
         step = self.stream.step
-        epoch = step // self.plan.steps_per_epoch
+        epoch = self._epoch
         train = self.totals.numbers(self.ranks)
         val = self.validate()
         is_best = bool(val) and self.best.is_better(val[self.task.score], step)
@@ -291,10 +331,24 @@ class RankTrainer:
         step = self.stream.step
         items = self.stream.next_step()
         self.ledger.note(step, items)
+        num_images = self._count(items)
         wait_s = time.perf_counter() - start_s
-        sums = self.learner.step(items, meanwhile=self._stage_ahead)
+        sums = self.learner.step(items, num_images=num_images, meanwhile=self._stage_ahead)
         self.stream.publish(self.stream.step, self.learner.model.attention)
+        if num_images is not None:
+            sums["bad_visits"] = float(sum(item.bad is not None for item in items))
         return {**sums, "wait_s": wait_s, "step_s": time.perf_counter() - start_s}
+
+    def _count(self, items: Sequence[Item]) -> int | None:
+        """Images that the step is the mean of, if not as planned; what is bad is told and written at once."""
+        if self._instead is None:
+            return None
+        known = len(self.quarantine.images)
+        try:
+            return self.quarantine.count(items)
+        finally:
+            if len(self.quarantine.images) > known:
+                self.ledger.flush()
 
     def _stage_ahead(self) -> None:
         """Copy the next batch to the device while it trains on this one, if it can be had yet (lag > 0)."""
@@ -322,18 +376,28 @@ class RankTrainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             window=self.job.cluster.window,
+            instead=self._instead,
         )
         model = self.learner.best_guess
         stream.publish(0, model.attention)
         outputs: list[Any] = []
         rows: list[int] = []
-        for seen in evaluate(model, stream, self.ranks.device, before_step=self._leave_if_asked):
+        bad: list[Item] = []
+        for seen in evaluate(
+            model, stream, self.ranks.device, before_step=self._leave_if_asked, on_bad=bad.append
+        ):
             outputs.append(seen.outputs_K)
             rows.append(seen.item.visit.image)
+        if self._instead is not None:
+            self.ledger.note_bad(self.stream.step - 1, bad)
+            self.ledger.flush()
+            self.quarantine.add(bad)
         # a rank may have none
         outputs_BK = np.array(outputs, np.float32).reshape(-1, self.job.config.model.num_classes)
         all_outputs = self.ranks.collect(torch.from_numpy(outputs_BK))
         all_rows = self.ranks.collect(torch.tensor(rows, dtype=torch.int64))
         # in the order of the table, so that sums do not depend on the number of ranks
         order = all_rows.argsort()
+        if not len(order):
+            return {}
         return self.task.numbers(all_outputs[order], self.targets_RT[all_rows[order]])

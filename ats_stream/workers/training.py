@@ -13,8 +13,9 @@ from ats_stream.errors import ArchiveError, InputError, TargetExistsError
 from ats_stream.io import StorageOptions
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
-from ats_stream.workers.metrics import Record, keep_metrics, read_metrics
+from ats_stream.workers.metrics import SKIPPED, Record, keep_metrics, read_metrics
 from ats_stream.workers.preemption import StopRequest
+from ats_stream.workers.quarantine import BadImage
 from ats_stream.workers.ranks import Alone
 from ats_stream.workers.tasks import TASKS
 from ats_stream.workers.trainer import TrainJob, check_resumable, train_rank
@@ -36,6 +37,16 @@ class TrainResult:
     metrics: list[Record]
     """All records of the run, as in metrics.jsonl."""
 
+    @property
+    def skipped(self) -> tuple[BadImage, ...]:
+        """Images that could not be read and were left out, in the order in which they were met."""
+        found = {
+            r["image"]: BadImage(r["image"], r["slide"], r["reason"])
+            for r in self.metrics
+            if r.get("phase") == SKIPPED
+        }
+        return tuple(found.values())
+
 
 def train(
     archive: Archive,
@@ -56,7 +67,7 @@ def train(
     Train also after a SIGTERM to one of them), ArchiveError for an empty split,
     InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
     folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
-    that cannot be read.
+    that cannot be read, or, where the configuration leaves these out, BadImagesError for too many of them.
     """
     cluster = cluster or ClusterConfig()
     stop = stop or StopRequest()

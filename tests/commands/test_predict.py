@@ -144,7 +144,7 @@ def bad_inputs(folder: Path, trained: Path, table: Path, pyramid: Path) -> dict[
         "no run": ([folder / "none", pyramid], "none: no such checkpoint or run folder"),
         "empty run": ([folder / "empty", pyramid], "empty: no checkpoint in"),
         "text": ([folder / "text.pt", pyramid], "text.pt: not a checkpoint, or damaged"),
-        "foreign": ([folder / "foreign.pt", pyramid], "foreign.pt: checkpoint format None, expected 2"),
+        "foreign": ([folder / "foreign.pt", pyramid], "foreign.pt: checkpoint format None, expected 3"),
         "cut": ([cut, pyramid], "cut.pt: not a checkpoint, or damaged"),
         "label": ([trained, folder / "label.csv"], "label.csv:2: label 'seven' is none of 0, 1"),
         "gone": ([trained, folder / "gone.csv"], "gone.ome.zarr does not exist"),

@@ -134,9 +134,9 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, container: str) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "checkpoint format 'list', expected 2"),
-        ({"w": torch.ones(2)}, "checkpoint format None, expected 2"),
-        ({"format": 1, "step": 0}, "checkpoint format 1, expected 2"),
+        ([1, 2], "checkpoint format 'list', expected 3"),
+        ({"w": torch.ones(2)}, "checkpoint format None, expected 3"),
+        ({"format": 1, "step": 0}, "checkpoint format 1, expected 3"),
         ({"format": FORMAT}, "not a whole checkpoint: no step in it"),
         (
             {"format": FORMAT, "step": 0, **state(), "versions": 3},

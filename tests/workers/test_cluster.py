@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
-from tiny import SAMPLER, run_config, without_clock
+from tiny import SAMPLER, make_job, run_config, without_clock
 
 from ats_stream.errors import ClusterError, PreemptedError, SlideError
 from ats_stream.workers import ClusterConfig, train
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
 from ats_stream.workers.cluster import ray_cluster
+from ats_stream.workers.ledger import check_ledger, read_ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +68,12 @@ def test_two_ranks_train_the_model_of_one_process(
     for name, weight in reference["model"].items():
         torch.testing.assert_close(mine["model"][name], weight, rtol=1e-5, atol=1e-5)
     assert seen == result.metrics
+    plan = make_job(archive, tmp_path, CONFIG).plan
+    assert (
+        check_ledger(plan, read_ledger(result.run_dir))
+        == check_ledger(plan, read_ledger(serial.run_dir))
+        == ()
+    )
     records, wanted = without_clock(result.metrics), without_clock(serial.metrics)
     assert len(records) == len(wanted) == 2 * NUM_EPOCHS
     for record, other in zip(records, wanted, strict=True):
@@ -123,6 +130,32 @@ def test_a_slide_that_cannot_be_read_is_named_by_its_own_error(
     with pytest.raises(SlideError) as caught:
         train(broken, tmp_path / "run", CONFIG, TWO_RANKS)
     assert str(caught.value) == f"{gone.slide}: no such file or folder"
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_out_what_one_process_leaves_out(
+    archive: Archive, ray_local: ModuleType, tmp_path: Path
+) -> None:
+    gone = {n: dataclasses.replace(archive.rows[n], slide=str(tmp_path / f"gone-{n}")) for n in (2, 8)}
+    broken = dataclasses.replace(archive, rows=tuple(gone.get(n, r) for n, r in enumerate(archive.rows)))
+    trainer = dataclasses.replace(CONFIG.trainer, num_epochs=2, on_bad_image="skip", max_bad_share=0.2)
+    config = dataclasses.replace(CONFIG, trainer=trainer)
+    seen: list[Any] = []
+    serial = train(broken, tmp_path / "serial", config)
+    result = train(broken, tmp_path / "run", config, TWO_RANKS, on_record=seen.append)
+    assert {one.image for one in result.skipped} == {2, 8}
+    assert result.skipped == serial.skipped
+    assert seen == result.metrics
+    mine, reference = load_checkpoint(result.checkpoint), load_checkpoint(serial.checkpoint)
+    for name, weight in reference["model"].items():
+        torch.testing.assert_close(mine["model"][name], weight, rtol=1e-5, atol=1e-5)
+    facts = [
+        sorted(
+            (r.phase, r.step, r.image, r.stream_id, r.share, r.version, r.bad or "") for r in read_ledger(run)
+        )
+        for run in (result.run_dir, serial.run_dir)
+    ]
+    assert facts[0] == facts[1]
 
 
 @pytest.mark.slow
