@@ -55,10 +55,16 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process; unlike ru_maxrss never that of the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+def peak_bytes(pid: int | None = None) -> int:
+    """Largest resident memory of a process, by default this one; unlike ru_maxrss never that of its parent.
+
+    0 for a process that is gone.
+    """
+    try:
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def mib(num_bytes: float) -> float:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import re
 import statistics
@@ -59,10 +58,10 @@ from read_cases import (
 )
 from read_engines import FLOORS, serve
 from synthetic_slide import SlideConfig
+from turns import Process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from multiprocessing.connection import Connection
 
 Array = npt.NDArray[Any]
 RESULTS = Path(__file__).parent / "results" / "read.json"
@@ -121,53 +120,20 @@ TARGETS = (
 )
 
 
-@dataclass
-class Worker:
+@dataclass(kw_only=True)
+class Worker(Process):
     """The process of a contestant, and what was measured of it."""
 
     contestant: Contestant
-    process: Any
-    connection: Connection
-    problem: str | None = None
-    samples: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(cls, contestant: Contestant, size_px: int) -> Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, contestant.engine, contestant.place, size_px)
-        process = context.Process(target=serve, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        worker = cls(contestant, process, ours)
-        worker.problem = worker._receive()
+        worker: Worker = cls.begin(serve, contestant.engine, contestant.place, size_px, contestant=contestant)
         return worker
-
-    def ask(self, what: str, offsets_N2: Array) -> Any:
-        """The reply, None when there is none any more; then ``problem`` says why."""
-        if self.problem is not None:
-            return None
-        self.connection.send((what, offsets_N2))
-        reply = self._receive()
-        if isinstance(reply, str):
-            self.problem = reply
-            return None
-        return reply
-
-    def _receive(self) -> Any:
-        try:
-            return self.connection.recv()
-        except EOFError:
-            self.process.join()
-            return f"its process ended with code {self.process.exitcode}"
 
     def is_done(self) -> bool:
         return len(self.samples) >= 2 and sum(s["wall_s"] for s in self.samples) > MAX_SECONDS
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.join()
 
 
 def run_case(case: Case, repetitions: int) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class _Deferred:
 class RayExecutor:
     """A pool of sampler actors owned by this process, so that they die with it.
 
-    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items.
+    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items. ``actor`` is
+    another class of actors with the calls of SamplerActor.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class RayExecutor:
         cpus_per_sampler: float,
         gpus_per_sampler: float = 0.0,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
+        actor: Any = None,
     ) -> None:
         from ats_stream.workers.actors import SamplerActor
 
-        options = SamplerActor.options(  # type: ignore[attr-defined]  # the decorator adds it
+        actors: Any = actor or SamplerActor
+        options = actors.options(
             num_cpus=cpus_per_sampler,
             num_gpus=gpus_per_sampler,
             max_restarts=ACTOR_RESTARTS,
