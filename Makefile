@@ -2,6 +2,7 @@
 # make demo    the whole system on real data, on this machine   (DEMO_ARGS=...)
 # make test    the test suite, as continuous integration runs it
 # make torture long kill, fuzz and scale runs
+# make docs    the site of docs/, into build/site
 # make lint    ruff, format check, mypy
 # make clean   remove caches and the output of the demo
 #
@@ -24,7 +25,7 @@ PYTHON ?=
 PIP_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup demo test torture lint clean
+.PHONY: help setup demo test torture docs lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -65,6 +66,10 @@ test: setup
 
 torture: setup
 	@$(BIN)/python -m pytest -q -m torture
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from ats_stream.io.tissue_method import OTSU, TissueMethod, method_name
 # name of the codec of each profile whose pixels are decoded
 PROFILE_CODECS = {"lossless": "zstd", "lz4": "lz4", "raw": "raw"}
 PROFILES = ("pass", *PROFILE_CODECS)
+"""Names of what chunks are written as: the JPEG tiles of the slide, or pixels by a codec."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 VIEW_CACHE_BYTES = 128 << 20  # 128 MiB
+"""Bytes of views that are kept at most, of all pyramids of a process."""
 # asking for the stamp of more keys than this costs as much as reading them
 MAX_LOCAL_KEYS = 4096
 MAX_REMOTE_KEYS = 64

@@ -29,8 +29,9 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34 or 50; F is 512, 512 or 2048.
         num_channels: C.
-        mean, std: per channel, of pixels divided by ``max_value``; by default those of ImageNet for three
-            channels, and 0 and 1 otherwise.
+        mean: per channel, of pixels divided by ``max_value``; by default those of ImageNet for three
+            channels, and 0 otherwise.
+        std: the same; by default those of ImageNet, or 1.
         max_value: the pixel value that counts as 1: 255 for patches of uint8 images, which reach the network
             unscaled.
 

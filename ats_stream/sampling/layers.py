@@ -21,10 +21,9 @@ class SampleSoftmax(nn.Module):
 
     Args:
         squeeze_channels: drop the channel axis of (B, 1, *map).
-        smooth: share of the mass, in [0, 1), that is spread evenly over the drawable positions (finite
-        logits):
-            ``(1 - smooth) p + smooth / num_drawable``. A little keeps every position possible for an older
-            version of the network.
+        smooth: share of the mass, in [0, 1), that is spread evenly over the drawable positions, those with
+            finite logits: ``(1 - smooth) p + smooth / num_drawable``. A little keeps every position possible
+            for an older version of the network.
 
     >>> SampleSoftmax(smooth=0.1)(torch.tensor([[0.0, float("-inf"), 0.0]]))
     tensor([[0.5000, 0.0000, 0.5000]])

@@ -21,7 +21,9 @@ from ats_stream.errors import InputError
 from ats_stream.sampling.checks import holds
 
 Scheme = Literal["with_replacement", "des_raj", "murthy", "balanced", "top"]
+"""How positions are drawn and weighed; all but ``top`` are unbiased."""
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+"""The names of all schemes."""
 
 _NEGATIVE_INFINITY = float("-inf")
 _NUM_SCAN_NODES = 16
