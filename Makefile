@@ -4,6 +4,7 @@
 # make torture long kill, fuzz and scale runs
 # make docs    the site of docs/, into build/site
 # make lint    ruff, format check, mypy
+# make openseadragon  renew the viewer's OpenSeadragon (VERSION=...; needs npm)
 # make clean   remove caches and the output of the demo
 #
 # PYTHON=...   the interpreter to build .venv with; default: the first one found that is 3.11 or newer
@@ -25,14 +26,14 @@ PYTHON ?=
 PIP_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup demo test torture docs lint clean
+.PHONY: help setup demo test torture docs lint openseadragon clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt
+$(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt tools/fetch_chromium.py
 	@python=""; \
 	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
 	  if "$$candidate" -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then python="$$candidate"; break; fi; \
@@ -55,6 +56,9 @@ $(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt
 	@# in a folder of their own: torch for CUDA pins packages of the same names
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --upgrade \
 	  --target $(VENV)/share/nvrtc $(PIP_ARGS) --requirement tests/kernels/compilers.txt
+	@# for the tests of the viewer, which skip without one
+	@$(BIN)/python tools/fetch_chromium.py $(VENV)/share/chromium \
+	  || echo "setup: no Chromium; tests in a browser take an installed one, or skip"
 	@touch $@
 	@echo "setup: done"
 
@@ -75,6 +79,9 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+openseadragon:
+	@$(BIN)/python tools/fetch_openseadragon.py $(VERSION)
 
 clean:
 	@rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,7 +66,7 @@ def test_help_names_every_command_and_each_has_help(capsys: pytest.CaptureFixtur
             cli.main([command, "--help"])
         text = capsys.readouterr().out
         assert f"ats-stream {command} " in text
-        assert "--out" in text or command in {"info", "plan", "verify", "doctor"}
+        assert "--out" in text or command in {"info", "plan", "verify", "view", "doctor"}
     assert "75 resumable" in overview
     assert "130 interrupted" in overview
 

@@ -1,0 +1,1 @@
+"""A local web viewer: pyramids and slides read in place, with attention, drawn patches and masks on top."""
