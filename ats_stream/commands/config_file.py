@@ -98,6 +98,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
     "str | None": (str, type(None)),
+    "tuple[str, ...]": (),
 }
 
 
@@ -106,6 +107,8 @@ def _typed(where: str, value: Any, kind: str) -> Any:
     if kind == "float" and isinstance(value, str):
         with suppress(ValueError):
             return float(value)
+    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise InputError(f"{where} must be {kind}, got {value!r}")
     return value

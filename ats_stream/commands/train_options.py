@@ -56,6 +56,7 @@ def add_trainer_options(parser: argparse.ArgumentParser) -> None:
     from ats_stream.commands.options import add_choice, add_field, add_switch
     from ats_stream.workers import TrainerConfig
     from ats_stream.workers.config import VISITS
+    from ats_stream.workers.logger_clients import LOGGERS
     from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
     from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES
     from ats_stream.workers.tasks import TASKS
@@ -126,3 +127,11 @@ def add_trainer_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fold", type=int, metavar="I", help="the fold to validate on, from 0")
     add_switch(group, "use_gpu", "--gpu", "train on a GPU, one for each training process")
+    group.add_argument(
+        "--logger",
+        dest="loggers",
+        action="append",
+        choices=tuple(LOGGERS),
+        default=argparse.SUPPRESS,
+        help="send the metrics there too, besides TensorBoard; may be repeated; needs the extra of that name",
+    )

@@ -19,7 +19,9 @@ DISTRIBUTION = "ats-stream"
 OPTIONAL = {
     "cuda12": "training on a GPU of CUDA 12",
     "cuda13": "training on a GPU of CUDA 13",
+    "mlflow": "--logger mlflow",
     "timm": "feature networks of timm",
+    "wandb": "--logger wandb",
     "verify": "validators of OME-Zarr in `ats-stream verify`",
     "video": "reading video files",
 }

@@ -11,6 +11,7 @@ import yaml
 from ats_stream.errors import CheckpointError, InputError
 from ats_stream.files import write_atomic
 from ats_stream.models import ModelConfig
+from ats_stream.workers.logger_clients import LOGGERS
 from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
 from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES, FAIL
 from ats_stream.workers.sampler import SamplerConfig
@@ -150,8 +151,14 @@ class ClusterConfig:
     """Address of the Ray cluster; by default $RAY_ADDRESS, else a cluster of this machine is started."""
     object_store_bytes: int = 256 << 20  # 256 MiB
     """Object store of a cluster started here."""
+    loggers: tuple[str, ...] = ()
+    """Where the metrics go besides TensorBoard: ``mlflow``, ``wandb``."""
 
     def __post_init__(self) -> None:
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {name!r}")
+        object.__setattr__(self, "loggers", tuple(dict.fromkeys(self.loggers)))
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
         for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window"):

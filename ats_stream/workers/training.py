@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ats_stream.errors import ArchiveError, InputError, TargetExistsError
 from ats_stream.io import StorageOptions
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
+from ats_stream.workers.loggers import Loggers, make_loggers
 from ats_stream.workers.metrics import SKIPPED, Record, keep_metrics, read_metrics
 from ats_stream.workers.preemption import StopRequest
 from ats_stream.workers.quarantine import BadImage
@@ -22,9 +24,10 @@ from ats_stream.workers.trainer import TrainJob, check_resumable, train_rank
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ats_stream.io import Archive
+    from ats_stream.workers.logger_clients import RunLogger
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,36 @@ def train(
     check_world(config.trainer.batch_size, cluster.world_size)
     job = _job(archive, run, config, cluster, StorageOptions.of(storage_options))
     start_step = _start_step(run, job)
+    loggers = make_loggers(cluster.loggers)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
 
         per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
         with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
             _prepare(run, job, start_step)
-            fit_with_ray(job, run, on_record, on_step, stop)
+            with _logged(loggers, job, on_record) as listen:
+                fit_with_ray(job, run, listen, on_step, stop)
     else:
         alone = Alone(_device(cluster), stop)
         _prepare(run, job, start_step)
-        train_rank(job, alone, on_record, on_step)
+        with _logged(loggers, job, on_record) as listen:
+            train_rank(job, alone, listen, on_step)
     return TrainResult(run, find_checkpoint(run), read_metrics(run))
+
+
+@contextmanager
+def _logged(
+    loggers: Mapping[str, RunLogger], job: TrainJob, on_record: Callable[[Record], None]
+) -> Iterator[Callable[[Record], None]]:
+    """A listener to records that hands them to the loggers too."""
+    run = Path(job.run_dir)
+    with Loggers(loggers, run, job.config.to_dict(), read_metrics(run)) as sent:
+
+        def listen(record: Record) -> None:
+            sent.on_record(record)
+            on_record(record)
+
+        yield listen
 
 
 def _job(
