@@ -299,8 +299,18 @@ def test_the_training_job_fits_its_cluster() -> None:
         assert "preStop" in spec_["template"]["spec"]["containers"][0]["lifecycle"]
 
 
-def test_the_conversion_job_passes_over_what_is_done() -> None:
-    arguments = job_arguments(rayjob("preprocess")["spec"]["entrypoint"])
+def test_the_conversion_job_uses_its_cluster_and_passes_over_what_is_done() -> None:
+    spec = rayjob("preprocess")["spec"]
+    arguments = job_arguments(spec["entrypoint"])
+    groups = spec["rayClusterSpec"]
+    (group,) = groups["workerGroupSpecs"]
+    per_node = int(group["rayStartParams"]["num-cpus"])
+    assert groups["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+    requests = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert int(requests["cpu"]) == per_node
+    assert arguments.ray
+    assert arguments.workers == group["replicas"] * per_node
     assert arguments.skip_existing
     assert arguments.slides == ["/data/slides/*.svs"]  # the shell of the job expands it
 
