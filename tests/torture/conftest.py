@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     import numpy as np
+
+# makes the helpers beside the tests importable
+sys.path.insert(0, str(Path(__file__).parent))
 
 DAMAGES = ("flip", "replace", "truncate", "cut", "insert", "zeros", "empty")
 STATUS = Path("/proc/self/status")
