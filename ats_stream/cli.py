@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "say what a training takes before it runs",
     "train": "train an attention model on an archive of pyramids",
     "predict": "run a trained model over pyramids and draw what it looked at",
+    "report": "put a training or predictions on one page",
     "view": "look at pyramids, slides and predictions in a browser",
     "doctor": "say whether this installation works, and what to do",
     "demo": "convert a real slide, train on large images, write a report",
@@ -47,6 +48,7 @@ from slides to predictions:
   ats-stream info pyramids/*.ome.zarr
   ats-stream train archive.csv --out runs/first --prior tissue
   ats-stream predict runs/first archive.csv --split test --out predictions
+  ats-stream report runs/first predictions
   ats-stream view --predictions predictions --open
 
 archive.csv names each pyramid, its label and its split:

@@ -14,7 +14,7 @@ DIR is made and holds, when all is done,
   patches/NAME.geojson      the drawn patches as boxes, for QuPath
   embeddings/NAME.parquet   the features of the drawn patches
   pictures/NAME.png         thumbnail, attention, and the drawn patches with what each counts for
-  report.html               how good the predictions are, and the first pictures, in one file
+  report.html               how good they are, the best and the worst, in one file; see ats-stream report
 
 A run that was cut off goes on where it was when the same command is given again. An image that cannot be
 read gets a row with the reason, the others go on, and the exit code is 1; the same command tries it again.
@@ -36,14 +36,12 @@ if TYPE_CHECKING:
 
     from ats_stream.io import ArchiveRow, StorageOptions
     from ats_stream.predictions.folder import PredictionFolder
-    from ats_stream.predictions.record import PredictionInfo, SlideRecord
+    from ats_stream.predictions.record import SlideRecord
     from ats_stream.workers.config import ClusterConfig, RunConfig
     from ats_stream.workers.predict import Predicted, Unreadable
 
 USAGE = "RUN INPUT [INPUT ...] --out DIR [options]"
-REPORT_NAME = "report.html"
 MAX_BAD_LINES = 20
-MAX_PICTURES_IN_REPORT = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict, with a progress bar; what an earlier run has done stays."""
     from ats_stream.commands.options import check_out, cluster_from, progress, storage_options_from
+    from ats_stream.commands.report import REPORT_NAME, write_report
     from ats_stream.predictions.folder import taken
     from ats_stream.predictions.names import unique_names
+    from ats_stream.report.slides import NUM_SLIDES
     from ats_stream.workers.predict import Predictor
 
     out = Path(arguments.out)
@@ -110,26 +110,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     write_slide(folder, one, with_picture=with_picture, options=options)
         folder.finish()
         records = list(folder.records())
-        write_report(out, folder.info, records, title=f"Predictions of {arguments.run_folder}")
+        write_report(
+            [out],
+            out / REPORT_NAME,
+            title=f"Predictions of {arguments.run_folder}",
+            num_slides=NUM_SLIDES,
+            options=options,
+        )
     return _outcome(out, records)
-
-
-def write_report(out: Path, info: PredictionInfo, records: Sequence[SlideRecord], *, title: str) -> Path:
-    """Write the page beside the tables."""
-    from PIL import Image
-
-    from ats_stream.predictions.folder import picture_path
-    from ats_stream.report.page import Figure, Page, write_page
-    from ats_stream.report.predictions import predictions_section
-
-    places = [(one, picture_path(out, one.name)) for one in records]
-    figures = [
-        Figure(content=Image.open(place), caption=one.name, encoding="jpeg")
-        for one, place in places
-        if not one.is_bad and place.exists()
-    ][:MAX_PICTURES_IN_REPORT]
-    page = Page(title=title, sections=(predictions_section(info, records, figures),))
-    return write_page(out / REPORT_NAME, page)
 
 
 def write_slide(
@@ -144,7 +132,7 @@ def write_slide(
     one = replace(one, name=folder.names[one.row])
     if not isinstance(one, Unreadable):
         try:
-            _write_files(folder.path, one, with_picture=with_picture, options=options)
+            _write_files(folder, one, with_picture=with_picture, options=options)
         except SlideError as error:
             one = Unreadable(
                 row=one.row, slide=one.slide, name=one.name, split=one.split, label=one.label, error=error
@@ -152,31 +140,35 @@ def write_slide(
     folder.commit(one.record())
 
 
-def _write_files(folder: Path, one: Predicted, *, with_picture: bool, options: StorageOptions) -> None:
+def _write_files(
+    folder: PredictionFolder, one: Predicted, *, with_picture: bool, options: StorageOptions
+) -> None:
     from ats_stream.files import write_atomic
     from ats_stream.predictions import folder as places
     from ats_stream.predictions.attention_image import write_attention
     from ats_stream.predictions.embeddings import write_embeddings
     from ats_stream.predictions.geojson import patches_geojson
-    from ats_stream.report.predictions import THUMBNAIL_PX, write_picture
+    from ats_stream.report.predictions import THUMBNAIL_PX, Pixels, write_picture
 
-    record = one.record()
+    path, record = folder.path, one.record()
     if with_picture:
         thumbnail = options.open(one.slide).thumbnail(THUMBNAIL_PX)
-        write_picture(places.picture_path(folder, one.name), one, thumbnail)
+        pixels = Pixels(thumbnail_CYX=thumbnail, attention_YX=one.attention_YX, crops_NCPP=one.crops_NCPP)
+        write_picture(places.picture_path(path, one.name), folder.info, record, pixels)
     write_attention(
-        places.attention_path(folder, one.name),
+        places.attention_path(path, one.name),
         one.attention_YX,
         downsample=one.view_downsample,
         pixel_size_um=one.pixel_size_um,
         name=one.name,
     )
-    write_embeddings(places.embeddings_path(folder, one.name), record, one.features_NF)
-    write_atomic(places.patches_path(folder, one.name), patches_geojson(record))
+    write_embeddings(places.embeddings_path(path, one.name), record, one.features_NF)
+    write_atomic(places.patches_path(path, one.name), patches_geojson(record))
 
 
 def _outcome(out: Path, records: Sequence[SlideRecord]) -> dict[str, Any]:
     """Say how it went, bad images by name; the result of the job."""
+    from ats_stream.commands.report import REPORT_NAME
     from ats_stream.errors import EXIT_FAILED, EXIT_USAGE
     from ats_stream.predictions.table import CSV_NAME, PARQUET_NAME
     from ats_stream.report.predictions import accuracy

@@ -10,8 +10,10 @@ from PIL import Image
 
 from ats_stream.io import open_pyramid
 from ats_stream.report.curve import LineChart, Series
+from ats_stream.report.merits import Judged
 from ats_stream.report.page import Figure, Page, Section, Table, write_page
-from ats_stream.report.predictions import THUMBNAIL_PX, accuracy, predictions_section, slide_figure
+from ats_stream.report.panels import merit_section, task_sections
+from ats_stream.report.predictions import THUMBNAIL_PX, Pixels, accuracy, slide_figure
 from ats_stream.workers.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -52,11 +54,7 @@ def write_report(path: Path, result: DemoResult) -> Path:
     sections = (
         _result_section(result),
         _curves_section(result),
-        predictions_section(
-            result.info,
-            [one.record() for one in result.predictions],
-            [slide_figure(one, thumbnail) for one, thumbnail in result.shown],
-        ),
+        *_prediction_sections(result),
         _slide_section(result),
     )
     page = Page(
@@ -98,6 +96,30 @@ def _learning_curve(name: str, run: Path) -> Series:
     records = [record for record in read_metrics(run) if record["phase"] == "val"]
     epochs = tuple(float(record["epoch"]) for record in records)
     return Series(name=name, x=epochs, y=tuple(record["accuracy"] for record in records))
+
+
+def pixels_of(one: Predicted, thumbnail_CYX: npt.NDArray[Any]) -> Pixels:
+    """What the picture of a prediction is made of."""
+    return Pixels(thumbnail_CYX=thumbnail_CYX, attention_YX=one.attention_YX, crops_NCPP=one.crops_NCPP)
+
+
+def _prediction_sections(result: DemoResult) -> tuple[Section, ...]:
+    records = [one.record() for one in result.predictions]
+    judged = Judged.of(result.info, records)
+    figures = tuple(
+        slide_figure(
+            result.info,
+            one.record(),
+            pixels_of(one, thumbnail),
+            f"{one.name}: predicted {one.predicted}, label {one.label}",
+        )
+        for one, thumbnail in result.shown
+    )
+    return (
+        merit_section(result.info, records, judged),
+        *task_sections(judged),
+        Section(heading="What the model looked at", figures=figures),
+    )
 
 
 def _slide_section(result: DemoResult) -> Section:

@@ -18,7 +18,7 @@ from ats_stream.demo.assets import fetch_digits, fetch_slide
 from ats_stream.demo.controls import low_resolution_accuracy
 from ats_stream.demo.digits import PRIOR_LABEL, DigitsConfig, build_archive
 from ats_stream.demo.memory import PeakMemory
-from ats_stream.demo.page import DemoResult, write_report
+from ats_stream.demo.page import DemoResult, pixels_of, write_report
 from ats_stream.io import convert, open_pyramid, read_archive, target_path
 from ats_stream.models import ModelConfig
 from ats_stream.predictions.folder import picture_path
@@ -178,7 +178,7 @@ def _write_predictions(
     """Write the table and the first pictures; returns what was drawn, with thumbnails."""
     shown = [(one, open_pyramid(one.slide).thumbnail(THUMBNAIL_PX)) for one in predictions[:NUM_PICTURES]]
     for one, thumbnail in shown:
-        write_picture(picture_path(folder, one.name), one, thumbnail)
+        write_picture(picture_path(folder, one.name), info, one.record(), pixels_of(one, thumbnail))
     write_csv(folder / CSV_NAME, info, [one.record() for one in predictions])
     return shown
 

@@ -18,6 +18,7 @@ COLUMNS = ("slide", "label", "split")
 HEADER_LINE = 1
 # columns that a table may have: what must stay together, how much a slide counts, time until the event
 OPTIONAL_COLUMNS = ("group", "weight", "time")
+LABEL_SEPARATOR = ";"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,15 @@ def read_archive(
     check_groups(str(table), rows)
     found_classes = tuple(classes) if classes is not None else tuple(sorted({row.label for row in rows}))
     return Archive(path=str(table), rows=tuple(rows), classes=found_classes)
+
+
+def label_names(label: str) -> tuple[str, ...]:
+    """The classes of an image that may have several: what stands between ``;``.
+
+    >>> label_names("x; y"), label_names("")
+    (('x', 'y'), ())
+    """
+    return tuple(name.strip() for name in label.split(LABEL_SEPARATOR) if name.strip())
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:

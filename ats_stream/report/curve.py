@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -33,6 +34,9 @@ class Series:
     """Horizontal positions."""
     y: tuple[float, ...]
     """Vertical positions, one for each x."""
+    kind: Literal["line", "steps", "dots", "guide"] = "line"
+    """``steps`` keep their height up to the next point, ``dots`` are not joined, a ``guide`` is dashed and
+    stays in the background."""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -143,15 +147,15 @@ def _axes(x_axis: _Axis, y_axis: _Axis) -> list[Markup]:
 
 def _line(index: int, line: Series, x_axis: _Axis, y_axis: _Axis) -> list[Markup]:
     style = _style(index)
-    path, pen = [], "M"
-    for x, y in zip(line.x, line.y, strict=True):
-        if _is_drawable(x, y):
-            path.append(f"{pen}{_number(x_axis.place(x))} {_number(y_axis.place(y))}")
-            pen = "L"
-        else:
-            pen = "M"
-    parts = [Markup('<path class="line" d="{}"{}/>').format("".join(path), style)] if path else []
-    if len(line.finite_points) <= _MAX_DOTS:
+    path = "" if line.kind == "dots" else _path(line, x_axis, y_axis)
+    if line.kind == "guide":
+        return [Markup('<path class="guide" d="{}"/>').format(path)] if path else []
+    parts = [Markup('<path class="line" d="{}"{}/>').format(path, style)] if path else []
+    if line.kind == "dots" and len(line.finite_points) > _MAX_DOTS:
+        point = Markup('<circle class="dot faint" cx="{}" cy="{}" r="2.4"{}/>')
+        places = [(_number(x_axis.place(x)), _number(y_axis.place(y))) for x, y in line.finite_points]
+        parts += [point.format(x, y, style) for x, y in places]
+    elif line.kind != "steps" and len(line.finite_points) <= _MAX_DOTS:
         dot = Markup('<circle class="dot" cx="{}" cy="{}" r="3.2"{}><title>{}: {} at {}</title></circle>')
         parts += [
             dot.format(
@@ -162,6 +166,20 @@ def _line(index: int, line: Series, x_axis: _Axis, y_axis: _Axis) -> list[Markup
     return parts
 
 
+def _path(line: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+    parts, pen = [], "M"
+    for x, y in zip(line.x, line.y, strict=True):
+        if not _is_drawable(x, y):
+            pen = "M"
+            continue
+        place = _number(x_axis.place(x)), _number(y_axis.place(y))
+        parts.append(
+            f"H{place[0]}V{place[1]}" if line.kind == "steps" and pen == "L" else f"{pen}{' '.join(place)}"
+        )
+        pen = "L"
+    return "".join(parts)
+
+
 def _legend(series: tuple[Series, ...]) -> tuple[list[Markup], float]:
     """The legend, in as many rows as its names need, and the height where the plot may start."""
     parts, left, row = [], float(_LEFT_PX), 18.0
@@ -169,8 +187,9 @@ def _legend(series: tuple[Series, ...]) -> tuple[list[Markup], float]:
         room = 29 + _LETTER_PX * len(line.name)
         if left > _LEFT_PX and left + room > _WIDTH_PX - _RIGHT_PX:
             left, row = float(_LEFT_PX), row + _LEGEND_PX
-        swatch = Markup('<path class="line" d="M{} {}h22"{}/>')
-        parts.append(swatch.format(_number(left), _number(row), _style(index)))
+        kind, style = ("guide", "") if line.kind == "guide" else ("line", _style(index))
+        swatch = Markup('<path class="{}" d="M{} {}h22"{}/>')
+        parts.append(swatch.format(kind, _number(left), _number(row), style))
         parts.append(_text(left + 29, row + 4, line.name, "start"))
         left += room + 22
     return parts, row + 26

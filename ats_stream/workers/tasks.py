@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ats_stream.errors import ArchiveError
+from ats_stream.io.archive import LABEL_SEPARATOR, label_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ats_stream.io import Archive
-
-LABEL_SEPARATOR = ";"
 
 
 class Task(Protocol):
@@ -111,14 +110,14 @@ class MultiLabel:
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:
         """All classes that stand in the table, sorted."""
-        return tuple(sorted({name for row in archive.rows for name in _names(row.label)}))
+        return tuple(sorted({name for row in archive.rows for name in label_names(row.label)}))
 
     def targets(self, archive: Archive, outputs: Sequence[str]) -> list[list[float]]:
         """1 for each class that the image has, 0 for the others."""
         class_of = {name: number for number, name in enumerate(outputs)}
         found = []
         for row in archive.rows:
-            numbers = {_known(archive, row.line, name, class_of) for name in _names(row.label)}
+            numbers = {_known(archive, row.line, name, class_of) for name in label_names(row.label)}
             found.append([float(k in numbers) for k in range(len(outputs))])
         return found
 
@@ -136,7 +135,7 @@ class MultiLabel:
 
     def is_right(self, answer: str, label: str) -> bool:
         """The same classes, in any order."""
-        return set(_names(answer)) == set(_names(label))
+        return set(label_names(answer)) == set(label_names(label))
 
     def numbers(self, outputs_BK: Tensor, target_BT: Tensor) -> dict[str, float]:
         """Mean loss, share of right answers at 1/2, mean area under the ROC curves that there are."""
@@ -280,10 +279,6 @@ def concordance(risk_B: Tensor, time_B: Tensor, is_event_B: Tensor) -> float:
         known += len(risk)
         concordant += float((risk < risk_B[i]).sum()) + 0.5 * float((risk == risk_B[i]).sum())
     return concordant / known if known else 0.5
-
-
-def _names(label: str) -> list[str]:
-    return [name.strip() for name in label.split(LABEL_SEPARATOR) if name.strip()]
 
 
 def _known(archive: Archive, line: int, label: str, class_of: dict[str, int]) -> int:

@@ -232,7 +232,7 @@ def test_nothing_but_bad_images_is_wrong_input(
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files but those that clocks have a part in."""
-    clocked = ("predictions.parquet", "predictions.csv")
+    clocked = ("predictions.parquet", "predictions.csv", "report.html")
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

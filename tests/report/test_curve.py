@@ -122,3 +122,31 @@ def test_any_numbers_and_names_give_well_formed_finite_svg(
 def test_lengths_must_agree() -> None:
     with pytest.raises(InputError, match="series 'a': 2 values of x and 1 of y"):
         Series(name="a", x=(1, 2), y=(1,))
+
+
+def paths_of(svg: str, kind: str) -> list[str]:
+    """Paths of a class without the samples of the legend, which are horizontal strokes."""
+    found = [p.attrib["d"] for p in ET.fromstring(svg).iter("path") if p.get("class") == kind]
+    return [d for d in found if not re.fullmatch(r"M\S+ \S+h22", d)]
+
+
+def test_steps_hold_their_height_dots_are_not_joined_guides_have_no_dots() -> None:
+    points = {"x": (0.0, 1.0, 2.0), "y": (1.0, 0.5, 0.25)}
+    (line,) = paths_of(render_svg(chart_of(Series(name="a", **points))), "line")
+    (steps,) = paths_of(render_svg(chart_of(Series(name="a", kind="steps", **points))), "line")
+    places = re.findall(r"[ML](\S+?) ([\d.]+)", line)
+    first, *others = places
+    assert steps == f"M{first[0]} {first[1]}" + "".join(f"H{x}V{y}" for x, y in others)
+    dots = render_svg(chart_of(Series(name="a", kind="dots", **points)))
+    assert paths_of(dots, "line") == []
+    assert len(points_of(dots)) == 3
+    guide = render_svg(chart_of(Series(name="a", kind="guide", **points)))
+    assert paths_of(guide, "guide") == [line]
+    assert points_of(guide) == []
+
+
+def test_many_dots_stay_and_stay_small() -> None:
+    x = tuple(float(n) for n in range(1000))
+    svg = render_svg(chart_of(Series(name="a", kind="dots", x=x, y=x)))
+    assert len(points_of(svg)) == 1000
+    assert len(svg) < 100_000
