@@ -15,7 +15,7 @@ from ats_stream.workers.logger_clients import LOGGERS
 from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
 from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES, FAIL
 from ats_stream.workers.sampler import SamplerConfig
-from ats_stream.workers.stream import DEFAULT_WINDOW
+from ats_stream.workers.stream import DEFAULT_WINDOW, DEFAULT_WINDOW_BYTES
 from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class ClusterConfig:
     """Threads of torch in each rank; a serial run uses as many as there are cores."""
     window: int = DEFAULT_WINDOW
     """Items that a rank has on order at a time."""
+    window_bytes: int = DEFAULT_WINDOW_BYTES
+    """Bytes that these may come to; one step's items are on order in any case."""
     max_failures: int = 0
     """How often the ranks are started again, from the last checkpoint, after one has died."""
     address: str | None = None
@@ -161,7 +163,7 @@ class ClusterConfig:
         object.__setattr__(self, "loggers", tuple(dict.fromkeys(self.loggers)))
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
-        for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window"):
+        for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window", "window_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures", "min_ranks"):

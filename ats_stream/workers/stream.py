@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 DEFAULT_WINDOW = 16
 """Items that one rank has on order at a time: bounds the memory between samplers and trainer."""
+DEFAULT_WINDOW_BYTES = 256 << 20  # 256 MiB
+"""Bytes that these may come to."""
+SIZES_KEPT = 64
+"""Items whose sizes tell how large those to come may be."""
 
 
 class _Ordered(NamedTuple):
@@ -36,6 +40,10 @@ class Stream:
     items ahead as far as the window goes and as versions are there. With ``plan.lag = None`` version 0 draws
     everything and the stream is simply an iterator.
 
+    On order are at most ``window`` items and ``window_bytes`` bytes, each item that has not come taken to be
+    as large as the largest of the last that have; but one step's items always, and no more until the first of
+    them has come.
+
     When a slide cannot be read, ``instead`` gives the item that takes its place; without it SlideError is
     raised, at the item it belongs to.
     """
@@ -49,17 +57,23 @@ class Stream:
         world_size: int = 1,
         start_step: int = 0,
         window: int = DEFAULT_WINDOW,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
         instead: Substitute | None = None,
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
+        if window_bytes < 1:
+            raise ValueError(f"window_bytes must be at least 1, got {window_bytes}")
         self.plan, self.executor = plan, executor
         self.rank, self.world_size, self.window = rank, world_size, window
+        self.window_bytes = window_bytes
         self.step = start_step
         """The step whose items come next."""
         self.versions: dict[int, AttentionWeights] = {}
         """Versions of the attention that steps to come may still draw with."""
         self._instead = instead
+        self._sizes: deque[int] = deque(maxlen=SIZES_KEPT)
+        self._held_bytes = 0
         self._pending: deque[_Ordered] = deque()
         self._ahead: list[Item] | AtsStreamError | None = None
         self._visits = self._upcoming()
@@ -89,6 +103,8 @@ class Stream:
             raise ahead
         items = self._collect() if ahead is None else ahead
         self.step += 1
+        self._held_bytes = 0
+        self._order()
         return items
 
     def look_ahead(self) -> list[Item] | None:
@@ -108,10 +124,16 @@ class Stream:
 
     def _collect(self) -> list[Item]:
         items = []
-        for _ in range(self.plan.batch_size // self.world_size):
+        for _ in range(self._images_per_step):
             items.append(self._result(self._pending.popleft()))
+            self._sizes.append(items[-1].num_bytes)
+            self._held_bytes += items[-1].num_bytes
             self._order()
         return items
+
+    @property
+    def _images_per_step(self) -> int:
+        return self.plan.batch_size // self.world_size
 
     def _result(self, ordered: _Ordered) -> Item:
         try:
@@ -129,8 +151,17 @@ class Stream:
         for step in range(self.step, self.plan.num_steps):
             yield from self.plan.visits_of_rank(step, self.rank, self.world_size)
 
+    def _has_room(self) -> bool:
+        """Whether one more item may be ordered beside those on order and those that have come for a step."""
+        num = len(self._pending) + 1
+        if num > self.window:
+            return False
+        if num <= self._images_per_step:
+            return True
+        return bool(self._sizes) and num * max(self._sizes) + self._held_bytes <= self.window_bytes
+
     def _order(self) -> None:
-        while self._next is not None and len(self._pending) < self.window:
+        while self._next is not None and self._has_room():
             weights = self.versions.get(self._next.version)
             if weights is None:
                 break

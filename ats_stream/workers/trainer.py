@@ -205,6 +205,7 @@ class RankTrainer:
             world_size=self.ranks.world_size,
             start_step=start_step,
             window=self.job.cluster.window,
+            window_bytes=self.job.cluster.window_bytes,
             instead=self._instead,
         )
 
@@ -376,6 +377,7 @@ class RankTrainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             window=self.job.cluster.window,
+            window_bytes=self.job.cluster.window_bytes,
             instead=self._instead,
         )
         model = self.learner.best_guess

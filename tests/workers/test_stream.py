@@ -19,7 +19,11 @@ from ats_stream.workers.executors import SerialExecutor
 if TYPE_CHECKING:
     from ats_stream.io import Archive
 
-Order = tuple[Visit, str]
+
+class Order(tuple[Visit, str]):
+    """What a fake item holds: the visit, and the key of the weights."""
+
+    num_bytes = 1
 
 
 class Recorder:
@@ -34,7 +38,7 @@ class Recorder:
         self.most_in_flight = 0
 
     def submit(self, visit: Visit, weights: AttentionWeights) -> Answer:
-        answer = Answer(self, (visit, weights.key), fails=len(self.submitted) == self.fail_at)
+        answer = Answer(self, Order((visit, weights.key)), fails=len(self.submitted) == self.fail_at)
         self.submitted.append(answer.order)
         self.unfinished.append(answer)
         self.in_flight += 1
@@ -225,6 +229,65 @@ def test_an_error_surfaces_at_its_own_item(fail_at: int) -> None:
         stream.next_step()
 
 
+class Weigher(Recorder):
+    """Items of sizes of their own; measures what is on order, and what has come of a step not handed out."""
+
+    stream: Stream
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.most_bytes = 0
+
+    def submit(self, visit: Visit, weights: AttentionWeights) -> Answer:
+        answer = super().submit(visit, weights)
+        answer.order.num_bytes = self.sizes[visit.image]
+        waiting = [ordered.visit.image for ordered in self.stream._pending] + [visit.image]
+        held_bytes = sum(self.sizes[image] for image in waiting) + self.stream._held_bytes
+        self.most_bytes = max(self.most_bytes, held_bytes)
+        return answer
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=8, max_size=8),
+    st.integers(1, 3000),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.none() | st.integers(0, 3),
+)
+def test_bytes_on_order_stay_within_their_bound(
+    sizes: list[int], window_bytes: int, batch_size: int, looks_ahead: bool, lag: int | None
+) -> None:
+    sizes = sorted(sizes, reverse=True)  # none is larger than those that came before
+    plan = Plan(images=tuple(range(8)), batch_size=batch_size, num_epochs=2, seed=0, shuffle=False, lag=lag)
+    executor = Weigher(sizes)
+    executor.stream = stream = Stream(plan, executor, window=99, window_bytes=window_bytes)
+    stream.publish(0, net(0))
+    done = []
+    while stream.step < plan.num_steps:
+        done.append(stream.next_step())
+        stream.publish(stream.step, net(stream.step))
+        if looks_ahead:
+            stream.look_ahead()
+    assert done == expected(plan)
+    # a step's items in any case, beside those that have come of the step before
+    assert executor.most_bytes <= max(window_bytes, 2 * batch_size * sizes[0])
+
+
+def test_the_window_of_bytes_opens_as_sizes_are_known_and_closes_for_large_items() -> None:
+    plan = Plan(images=tuple(range(200)), batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None)
+    executor = Weigher([10] * 50 + [100] + [10] * 149)
+    executor.stream = stream = Stream(plan, executor, window=8, window_bytes=60)
+    stream.publish(0, net(0))
+    on_order = []
+    for step in range(199):
+        stream.next_step()
+        on_order.append(len(executor.submitted) - step - 1)
+    assert on_order[:50] == [6] * 50
+    assert on_order[50:114] == [5, 4, 3, 2] + [1] * 60  # the large one is among the last 64
+    assert on_order[114:190] == [6] * 76
+
+
 def test_published_weights_do_not_follow_the_network() -> None:
     plan = Plan(images=(0,), batch_size=1, num_epochs=1, seed=0)
     stream = Stream(plan, Recorder())
@@ -238,6 +301,8 @@ def test_a_window_of_nothing_is_refused() -> None:
     plan = Plan(images=(0,), batch_size=1, num_epochs=1, seed=0)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         Stream(plan, Recorder(), window=0)
+    with pytest.raises(ValueError, match="window_bytes must be at least 1, got 0"):
+        Stream(plan, Recorder(), window_bytes=0)
 
 
 def test_the_serial_executor_gives_the_samplers_items(archive: Archive) -> None:
