@@ -85,11 +85,37 @@ def add_ray_options(parser: argparse.ArgumentParser, *, ranks: bool) -> None:
         add_field(group, default, "num_ranks", "--ranks", "training processes")
         add_field(group, default, "min_ranks", "--min-ranks", "as few as it may go on with; 0: all of them")
         add_field(group, default, "cpus_per_rank", "--cpus-per-rank", "CPUs set aside for a training process")
+        add_field(group, default, "gpus_per_rank", "--gpus-per-rank", "with --gpu; below 1 leaves room")
         add_field(group, default, "max_failures", "--max-failures", "restarts after a training process died")
     of = " of each training process" if ranks else ""
     add_field(group, default, "samplers_per_rank", "--samplers", f"processes{of} that read and draw")
     add_field(group, default, "cpus_per_sampler", "--cpus-per-sampler", "CPUs set aside for each of them")
+    add_field(
+        group, default, "gpus_per_sampler", "--gpus-per-sampler", "GPUs, or a part of one, for each of them"
+    )
+    add_field(
+        group,
+        default,
+        "hedge_after_s",
+        "--hedge-after",
+        "seconds after which an image that takes much longer than others is asked of a second one; 0: never",
+    )
     add_field(group, default, "window", "--window", f"images on order{of} at a time")
+    if ranks:
+        add_field(group, default, "window_bytes", "--window-bytes", "bytes that these come to at most")
+        add_switch(
+            group,
+            "spread_samplers",
+            "--spread-samplers",
+            "put these on any node, not that of their process",
+        )
+        add_field(
+            group,
+            default,
+            "object_store_bytes",
+            "--object-store-bytes",
+            "object store of a cluster that is started here",
+        )
     group.add_argument(
         "--address",
         default=argparse.SUPPRESS,
@@ -104,7 +130,13 @@ RAY_FIELDS = (
     "max_failures",
     "samplers_per_rank",
     "cpus_per_sampler",
+    "gpus_per_rank",
+    "gpus_per_sampler",
+    "hedge_after_s",
+    "spread_samplers",
     "window",
+    "window_bytes",
+    "object_store_bytes",
     "address",
 )
 

@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         num_ranks=cluster.num_ranks,
         samplers_per_rank=cluster.samplers_per_rank,
         window=cluster.window,
+        window_bytes=cluster.window_bytes,
         view_cache_bytes=config.sampler.cache_bytes,
         use_gpu=cluster.use_gpu,
         accumulate=config.trainer.accumulate,
@@ -165,7 +166,8 @@ def describe(
     if cluster.address is None and sizes.store_bytes > cluster.object_store_bytes:
         have = _bytes(cluster.object_store_bytes)
         lines.append(
-            f"a cluster that training starts by itself has an object store of {have}: lower --window"
+            f"a cluster that training starts by itself has an object store of {have}, and smaller windows: "
+            "give --object-store-bytes"
         )
     return "\n".join(lines)
 
@@ -185,7 +187,8 @@ def memory_rows(shape: Shape, sizes: Sizes) -> dict[str, str]:
     """What is held, and where."""
     step = _bytes(sizes.step_work_bytes)
     where = f"and {step} on its GPU, beside what CUDA takes" if shape.use_gpu else f"{step} of it for a step"
-    held = f"half of it for {shape.ranks_per_node} x {shape.window} items of {_bytes(sizes.item_bytes)}"
+    window = _bytes(sizes.store_bytes / 2 / shape.ranks_per_node)
+    held = f"half of it for {shape.ranks_per_node} x {window}, items of {_bytes(sizes.item_bytes)}"
     work = f"{_bytes(sizes.sampler_work_bytes)} of it for an image's attention and patches"
     return {
         "a sampler": f"{_bytes(sizes.sampler_bytes)}, {work}",

@@ -237,4 +237,9 @@ def _running(cluster: ClusterConfig) -> Any:
         return nullcontext()
     from ats_stream.workers.cluster import ray_cluster
 
-    return ray_cluster(cluster, cpus_needed=cluster.samplers_per_rank * cluster.cpus_per_sampler)
+    samplers = cluster.samplers_per_rank
+    return ray_cluster(
+        cluster,
+        cpus_needed=samplers * cluster.cpus_per_sampler,
+        gpus_needed=samplers * cluster.gpus_per_sampler,
+    )

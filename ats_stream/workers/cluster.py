@@ -40,7 +40,7 @@ RAY_TRAIN_NAME = "ray-train"
 
 
 @contextmanager
-def ray_cluster(config: ClusterConfig, *, cpus_needed: float) -> Iterator[None]:
+def ray_cluster(config: ClusterConfig, *, cpus_needed: float, gpus_needed: float = 0.0) -> Iterator[None]:
     """Be connected to Ray: the running one, that of ``address`` or $RAY_ADDRESS, or one started here.
 
     A cluster started here is shut down at the end. Raises ClusterError when the cluster cannot be reached, or
@@ -57,7 +57,7 @@ def ray_cluster(config: ClusterConfig, *, cpus_needed: float) -> Iterator[None]:
     elif config.address:
         _check_answers(config.address)
     try:
-        _check_resources(config, cpus_needed)
+        _check_resources(cpus_needed, gpus_needed)
         yield
     finally:
         if owned:
@@ -118,7 +118,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def _check_resources(config: ClusterConfig, cpus_needed: float) -> None:
+def _check_resources(cpus_needed: float, gpus_needed: float) -> None:
     import ray
 
     there = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray types it partly
@@ -127,10 +127,8 @@ def _check_resources(config: ClusterConfig, cpus_needed: float) -> None:
             f"the Ray cluster has {there.get('CPU', 0):g} CPUs, the run needs {cpus_needed:g}; "
             "lower --ranks, --cpus-per-rank or --cpus-per-sampler"
         )
-    if config.use_gpu and there.get("GPU", 0) < config.num_ranks:
-        raise ClusterError(
-            f"the Ray cluster has {there.get('GPU', 0):g} GPUs, the run needs {config.num_ranks}"
-        )
+    if there.get("GPU", 0) + 1e-6 < gpus_needed:
+        raise ClusterError(f"the Ray cluster has {there.get('GPU', 0):g} GPUs, the run needs {gpus_needed:g}")
 
 
 class RayRanks:

@@ -11,6 +11,7 @@ import yaml
 from ats_stream.errors import CheckpointError, InputError
 from ats_stream.files import write_atomic
 from ats_stream.models import ModelConfig
+from ats_stream.workers.hedging import DEFAULT_HEDGE_AFTER_S
 from ats_stream.workers.logger_clients import LOGGERS
 from ats_stream.workers.optimisation import PRECISIONS, SCHEDULES
 from ats_stream.workers.quarantine import BAD_IMAGE_POLICIES, FAIL
@@ -141,6 +142,16 @@ class ClusterConfig:
     """CPUs that Ray sets aside for a sampler."""
     use_gpu: bool = False
     """Whether each rank gets a GPU (backend nccl instead of gloo)."""
+    gpus_per_rank: float = 1.0
+    """GPUs that Ray sets aside for a rank with ``use_gpu``; less than 1 leaves room for its samplers, and
+    must be more than a half, or two ranks would share a GPU."""
+    gpus_per_sampler: float = 0.0
+    """GPUs that Ray sets aside for a sampler, whose attention then runs there; 0: on its CPU."""
+    spread_samplers: bool = False
+    """Whether Ray may put samplers on any node, rather than on their rank's while that has room."""
+    hedge_after_s: float = DEFAULT_HEDGE_AFTER_S
+    """Seconds after which an item that takes much longer than its peers is asked of another sampler as well;
+    0: never."""
     threads_per_rank: int = 1
     """Threads of torch in each rank; a serial run uses as many as there are cores."""
     window: int = DEFAULT_WINDOW
@@ -166,7 +177,18 @@ class ClusterConfig:
         for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window", "window_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures", "min_ranks"):
+        if not 0.5 < self.gpus_per_rank <= 1:
+            raise ValueError(f"gpus_per_rank must lie in (0.5, 1], got {self.gpus_per_rank}")
+        if self.gpus_per_rank < 1 and not self.use_gpu:
+            raise ValueError(f"gpus_per_rank is for use_gpu, got {self.gpus_per_rank} without")
+        for name in (
+            "cpus_per_rank",
+            "cpus_per_sampler",
+            "gpus_per_sampler",
+            "hedge_after_s",
+            "max_failures",
+            "min_ranks",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.min_ranks > self.num_ranks:

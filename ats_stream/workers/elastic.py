@@ -29,10 +29,11 @@ class RankNeeds:
     @classmethod
     def of(cls, cluster: ClusterConfig) -> RankNeeds:
         """The needs of a run."""
-        gpu = {"GPU": 1.0} if cluster.use_gpu else {}
+        gpu = {"GPU": cluster.gpus_per_rank} if cluster.use_gpu else {}
+        shared = {"GPU": cluster.gpus_per_sampler} if cluster.gpus_per_sampler else {}
         return cls(
             rank={"CPU": cluster.cpus_per_rank, **gpu},
-            sampler={"CPU": cluster.cpus_per_sampler},
+            sampler={"CPU": cluster.cpus_per_sampler, **shared},
             num_samplers=cluster.samplers_per_rank,
         )
 

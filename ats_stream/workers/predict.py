@@ -243,6 +243,8 @@ class Predictor:
             sampler,
             num_samplers=cluster.num_ranks * cluster.samplers_per_rank,
             cpus_per_sampler=cluster.cpus_per_sampler,
+            gpus_per_sampler=cluster.gpus_per_sampler,
+            hedge_after_s=cluster.hedge_after_s,
             storage_options=options,
         )
         wanted = range(len(rows)) if only is None else sorted(only)

@@ -78,7 +78,8 @@ class PatchSampler:
     """Turn visits into items.
 
     ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into.
-    ``storage_options`` are for the URLs among the slides.
+    ``storage_options`` are for the URLs among the slides; the attention network and the draw run on
+    ``device``, whose rounding is its own: items are the same on devices of one kind.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class PatchSampler:
         model: ModelConfig,
         config: SamplerConfig,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.slides = slides
         self.labels = labels
         self.config = config
-        self.attention = AttentionNet(model).requires_grad_(False)
+        self.device = device or torch.device("cpu")
+        self.attention = AttentionNet(model).requires_grad_(False).to(self.device)
         self.num_channels = model.num_channels
         self._attention_key: str | None = None
         self._open = lru_cache(MAX_OPEN_PYRAMIDS)(StorageOptions.of(storage_options).open)
@@ -109,10 +112,12 @@ class PatchSampler:
         view = self._read_view(pyramid)
         map_shape = view.pixels_CYX.shape[1:]
         with _threads(SAMPLER_THREADS), torch.inference_mode():
-            logits_1M = self.attention(tensor_of(view.pixels_CYX)[None]).flatten(1)
+            logits_1M = self.attention(tensor_of(view.pixels_CYX)[None].to(self.device)).flatten(1)
             try:
                 log_prior = log_prior_of(view.prior_YX)
-                log_a_1M = log_attention(logits_1M, None if log_prior is None else log_prior.reshape(1, -1))
+                if log_prior is not None:
+                    log_prior = log_prior.reshape(1, -1).to(self.device)
+                log_a_1M = log_attention(logits_1M, log_prior)
                 drawn = draw(
                     log_a_1M,
                     config.num_patches + visit.extra_patches,
@@ -123,9 +128,11 @@ class PatchSampler:
                 )
             except InputError as error:
                 raise SlideError(pyramid.slide, f"nothing can be drawn: {error}") from error
+        # a draw of the CPU is not copied
+        index_N, log_q_N, weight_N = (t[0].cpu() for t in (drawn.index, drawn.log_prob, drawn.weight))
         full = pyramid.levels[0]
         size = (config.patch_px,) * len(map_shape)
-        offsets_ND = patch_offsets(drawn.index, map_shape, full.shape[1:], size)[0].numpy()
+        offsets_ND = patch_offsets(index_N[None], map_shape, full.shape[1:], size)[0].numpy()
         before = pyramid.read_stats(0)
         crops = pyramid.read_patches(0, offsets_ND, size)
         after = pyramid.read_stats(0)
@@ -135,9 +142,9 @@ class PatchSampler:
             label=self.labels[visit.image],
             view_CYX=view.pixels_CYX,
             prior_YX=view.prior_YX,
-            index_N=drawn.index[0].numpy(),
-            log_q_N=drawn.log_prob[0].numpy(),
-            weight_N=drawn.weight[0].float().numpy(),
+            index_N=index_N.numpy(),
+            log_q_N=log_q_N.numpy(),
+            weight_N=weight_N.float().numpy(),
             num_drawn=int(drawn.num_drawn[0]),
             offsets_ND=offsets_ND,
             crops_NCPP=crops,

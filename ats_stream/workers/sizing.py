@@ -35,7 +35,8 @@ accumulated. Mixed precision is not reckoned with. All that is in device memory 
 in that of its process; what CUDA itself takes is not in it.
 
 **The object store** of a node holds the windows of its ranks; to leave room for what Ray itself keeps, they
-may fill half of it: ``2 * ranks on the node * window * item``.
+may fill half of it: ``2 * ranks on the node * window``, a window being ``window * item`` bytes, or
+``window_bytes`` if that is less, or a step's items if these are more than that.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Shape:
     num_ranks: int
     samplers_per_rank: int
     window: int
+    window_bytes: int
     view_cache_bytes: int
     """Views that a process with samplers keeps at most."""
     use_gpu: bool
@@ -311,7 +313,8 @@ def size_up(images: Sequence[ImageFacts], model: ModelConfig, shape: Shape) -> S
     # a step's items are copied out of the object store into tensors; without a GPU all the rest is there too
     on_host = shape.images_per_rank * item if shape.use_gpu else step_work
     rank = RANK_PROCESS_BYTES + on_host
-    store = int(shape.ranks_per_node * shape.window * item / STORE_SHARE)
+    window = min(shape.window * item, max(shape.window_bytes, shape.images_per_rank * item))
+    store = int(shape.ranks_per_node * window / STORE_SHARE)
     return Sizes(
         decoded_bytes=decoded,
         stored_bytes=stored,

@@ -147,6 +147,9 @@ def train_rank(
         job.config.sampler,
         num_samplers=job.cluster.samplers_per_rank,
         cpus_per_sampler=job.cluster.cpus_per_sampler,
+        gpus_per_sampler=job.cluster.gpus_per_sampler,
+        hedge_after_s=job.cluster.hedge_after_s,
+        near=not job.cluster.spread_samplers,
         storage_options=job.storage_options,
     )
     try:

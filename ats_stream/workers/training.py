@@ -81,9 +81,13 @@ def train(
     loggers = make_loggers(cluster.loggers)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
+        from ats_stream.workers.store_room import with_room
 
-        per_rank = cluster.cpus_per_rank + cluster.samplers_per_rank * cluster.cpus_per_sampler
-        with ray_cluster(cluster, cpus_needed=cluster.num_ranks * per_rank):
+        num, each = cluster.num_ranks, cluster.samplers_per_rank
+        cpus = num * (cluster.cpus_per_rank + each * cluster.cpus_per_sampler)
+        gpus = num * (cluster.use_gpu * cluster.gpus_per_rank + each * cluster.gpus_per_sampler)
+        with ray_cluster(cluster, cpus_needed=cpus, gpus_needed=gpus):
+            job = with_room(job)
             _prepare(run, job, start_step)
             with _logged(loggers, job, on_record) as listen:
                 fit_with_ray(job, run, listen, on_step, stop)

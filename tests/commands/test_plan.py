@@ -52,7 +52,7 @@ def test_a_gpu_that_is_not_here_is_not_guessed(table: Path, run: Run) -> None:
     done = run("plan", table, *SMALL, "--gpu", "--window", "99999")
     assert "ranks          not known: give --rank-s" in done.out
     assert "on its GPU" in done.out
-    assert done.out.splitlines()[-1].endswith("lower --window")
+    assert done.out.splitlines()[-1].endswith("give --object-store-bytes")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, weights
+from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, visit, weights
 
 from ats_stream.errors import ClusterError, InputError, SlideError
 from ats_stream.workers import AttentionWeights, Item, Plan, Stream, executors
@@ -39,8 +40,10 @@ def run(
     return items
 
 
-def ray_executor(archive: Archive, num_samplers: int) -> RayExecutor:
-    return RayExecutor(*table(archive), MODEL, SAMPLER, num_samplers=num_samplers, cpus_per_sampler=0.1)
+def ray_executor(archive: Archive, num_samplers: int, **given: Any) -> RayExecutor:
+    return RayExecutor(
+        *table(archive), MODEL, SAMPLER, num_samplers=num_samplers, cpus_per_sampler=0.1, **given
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +183,82 @@ def test_executors_are_made_by_name(archive: Archive) -> None:
     serial.close()
     with pytest.raises(InputError, match="executor must be serial or ray, got 'dask'"):
         make_executor("dask", *table(archive), MODEL, SAMPLER)
+
+
+# --- samplers that are late
+
+HEDGE_AFTER_S = 1.0  # more than a sound sampler takes for one of these images on a busy machine
+
+
+def stuck_in(executor: RayExecutor, number: int, fifo: str) -> Any:
+    """Hold a sampler up until somebody writes into the pipe: it opens it, which waits for the other end."""
+    return executor._actors[number].__ray_call__.remote(lambda _: Path(fifo).read_text())
+
+
+@pytest.mark.slow
+def test_items_of_a_sampler_that_is_stuck_are_asked_of_another(
+    archive: Archive, ray_local: ModuleType, serial: dict[int | None, list[Item]], tmp_path: Path
+) -> None:
+    fifo = str(tmp_path / "held")
+    os.mkfifo(fifo)
+    executor = ray_executor(archive, 3, hedge_after_s=HEDGE_AFTER_S)
+    held: list[Any] = []
+
+    def hold(step: int) -> None:
+        if step == 4:  # enough have come to tell what is late
+            held.append(stuck_in(executor, 0, fifo))
+
+    try:
+        items = run(make_plan(lag=1), executor, before_step=hold)
+        # the stuck one still owes what nobody waits for any more, so it is asked last
+        assert executor.num_hedged >= 1
+        owed = [call for call in executor._late if call.number == 0]
+        assert owed
+        again = run(make_plan(lag=1), executor)
+        assert [call for call in executor._late if call.number == 0] == owed
+        Path(fifo).write_text("go on")
+        ray_local.get(held)
+        late = [call.reference for call in executor._late]
+        for item in ray_local.get(late):  # they come all the same, and are the same
+            wanted = [one for one in serial[1] if one.visit == item.visit]
+            assert_same_item(item, wanted[0])
+        executor._take_late()
+        assert (executor._late, executor._owed) == ([], [0, 0, 0])
+    finally:
+        executor.close()
+    for found in (items, again):
+        for mine, reference in zip(found, serial[1], strict=True):
+            assert_same_item(mine, reference)
+
+
+@pytest.mark.slow
+def test_a_bad_image_is_the_same_error_from_a_second_sampler(
+    archive: Archive, ray_local: ModuleType, tmp_path: Path
+) -> None:
+    fifo = str(tmp_path / "held")
+    os.mkfifo(fifo)
+    slides, labels = table(archive)
+    gone = [*slides[:9], "/nowhere/gone.ome.zarr"]
+    executor = RayExecutor(
+        gone,
+        labels,
+        MODEL,
+        SAMPLER,
+        num_samplers=2,
+        cpus_per_sampler=0.1,
+        hedge_after_s=HEDGE_AFTER_S,
+        near=True,
+    )
+    visits = [visit(number) for number in range(10)]
+    try:
+        for one in visits[:8]:
+            executor.submit(one, weights(0)).result()
+        held = stuck_in(executor, 0, fifo)
+        pending = executor.submit(visits[9], weights(0))
+        with pytest.raises(SlideError, match="gone"):
+            pending.result()
+        assert [call.number for call in executor._late] == [0]
+        Path(fifo).write_text("go on")
+        ray_local.get(held)
+    finally:
+        executor.close()

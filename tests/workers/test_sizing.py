@@ -130,6 +130,7 @@ def shape_of(**changed: Any) -> Shape:
         "num_ranks": 2,
         "samplers_per_rank": 1,
         "window": 16,
+        "window_bytes": 1 << 40,
         "view_cache_bytes": 1 << 30,
         "use_gpu": False,
     }
@@ -292,6 +293,10 @@ def test_sizes_follow_the_cluster() -> None:
     shape = shape_of(num_images=100, num_ranks=4, num_nodes=2, window=10)
     base = size_up([image(64)], config, shape)
     assert base.store_bytes == 2 * 2 * 10 * item_bytes(image(64), shape.num_patches, shape.patch_px)
+    item = base.item_bytes
+    for window_bytes, items in ((5 * item, 5), (1, shape.images_per_rank)):
+        bounded = size_up([image(64)], config, dataclasses.replace(shape, window_bytes=window_bytes))
+        assert bounded.store_bytes == 2 * 2 * items * item
     assert base.view_bytes_later == 0
     assert base.device_bytes == 0
     # a fifth of the views fit into memory

@@ -226,6 +226,9 @@ def test_the_first_field_that_differs_is_named() -> None:
             for name in ("num_ranks", "samplers_per_rank", "threads_per_rank", "window")
         ),
         *((ClusterConfig, name, -1) for name in ("cpus_per_rank", "cpus_per_sampler", "max_failures")),
+        *((ClusterConfig, name, -1) for name in ("gpus_per_sampler", "hedge_after_s")),
+        (ClusterConfig, "window_bytes", 0),
+        (ClusterConfig, "gpus_per_rank", 0.5),
         (ClusterConfig, "executor", "dask"),
     ],
 )
