@@ -26,6 +26,7 @@ TITLES = {
     "plateau": ("What shortens the plateau of training", "python benchmarks/plateau.py"),
     "read": ("Reading patches", "python benchmarks/read.py"),
     "sampling": ("Drawing on the CPU", "python benchmarks/sampling.py"),
+    "view": ("Tiles of the viewer", "python benchmarks/view.py"),
     "megapixel_mnist": ("Megapixel MNIST", "python benchmarks/megapixel_mnist.py"),
 }
 """Titles of the sections and how the numbers are measured; a result without one goes by its file's name."""

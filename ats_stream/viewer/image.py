@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ats_stream.io.reduce import halve, shrink
+from ats_stream.io.reduce import halve
 from ats_stream.viewer.display import display_for
 from ats_stream.viewer.tiles import TILE_PX, resolutions
 
@@ -91,7 +91,7 @@ class TiledImage:
                 (first, *planes, top, box.left),
                 (last, *(p + 1 for p in planes), bottom, box.right),
             )
-            strips.append(_averaged(strip.reshape(last - first, bottom - top, -1), factor))
+            strips.append(averaged(strip.reshape(last - first, bottom - top, -1), factor))
         pixels = strips[0] if len(strips) == 1 else np.concatenate(strips, axis=1)
         return pixels[[c - first for c in channels]]
 
@@ -115,13 +115,12 @@ class TiledImage:
         return tuple(min(math.floor(p / f), n - 1) for p, f, n in zip(at, factors, lengths, strict=True))
 
 
-def _averaged(pixels_CYX: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Exact means of blocks; twice as wide blocks are what pyramids are made of, so that is compiled."""
-    if factor == 1:
-        return pixels_CYX
-    if pixels_CYX.dtype == np.bool_:
-        return shrink(pixels_CYX.astype(np.uint8), factor) > 0
-    return halve(pixels_CYX) if factor == 2 else shrink(pixels_CYX, factor)
+def averaged(pixels_CYX: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Means of blocks of a power of two, by halving as conversion does: the level that it would have made."""
+    pixels = pixels_CYX.astype(np.uint8) if pixels_CYX.dtype == np.bool_ else pixels_CYX
+    while factor > 1:
+        pixels, factor = halve(pixels), factor // 2
+    return pixels.astype(pixels_CYX.dtype, copy=False)
 
 
 def encoded(pixels_YXC: NDArray[np.uint8], encoding: str) -> bytes:

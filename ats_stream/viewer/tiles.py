@@ -1,8 +1,9 @@
 """Which tiles a viewer sees of a pyramid, and which pixels each holds. Pure arithmetic, nothing is read.
 
-A resolution is a level as it is (factor 1), or a level whose blocks of ``factor`` x ``factor`` pixels are
-averaged: between two levels that lie far apart, and below the coarsest until one tile holds the image. So
-each tile of a level is exactly the level's own pixels, all others are exact means of the nearest finer level.
+A resolution is a level as it is (factor 1), or a level halved until blocks of ``factor`` x ``factor`` pixels
+are one: between two levels that lie far apart, and below the coarsest until one tile holds the image. So each
+tile of a level is exactly the level's own pixels, and all others are those of levels that conversion would
+have made of the nearest finer one.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ import { tileSource } from "./source.js";
 
 const OPACITY = 0.6;
 const SCALE_PX = 160;
+// the first look at a large image without coarse levels reads all of it
+const TILE_TIMEOUT_MS = 10 * 60 * 1000;
 // a patch fills this share of the view after a jump
 const PATCH_SHARE = 0.3;
+OpenSeadragon.DEFAULT_SETTINGS.timeout = TILE_TIMEOUT_MS; // of the small overview too, which takes no options
 const isStill = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 async function ask(address) {
@@ -42,7 +45,10 @@ class Page {
       // boxes are upright
       if ("rRfF".includes(event.originalEvent.key)) event.preventDefaultAction = true;
     });
-    this.viewer.addHandler("tile-load-failed", () => panel.say("Some tiles cannot be read."));
+    this.viewer.addHandler("tile-load-failed", ({ message }) => {
+      // the viewer itself gives up tiles that have gone out of sight
+      if (message !== "Image load aborted.") panel.say("Some tiles cannot be read.");
+    });
   }
 
   imageSource() {
