@@ -20,7 +20,8 @@ more lets these run ahead of training.
 
 In the lines printed, sampled mass is the share of the attention that lies on the drawn patches, waiting the
 share of the time that training waited for patches, and, with --lag, staleness by how many steps the attention
-that drew was behind and effective the share of the patches that this leaves worth drawing.
+that drew was behind and effective the share of the patches that this leaves worth drawing. ETA is the time
+that is left if all goes on as before.
 
 An image that cannot be read ends the run by its name. With --on-bad-image skip it is left out, told and noted
 in metrics.jsonl and ledger.jsonl, and the run ends only when more than --max-bad of the images are like that.
@@ -39,11 +40,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
     from typing import Self
 
     from ats_stream.io import Archive, Level, Pyramid, StorageOptions
     from ats_stream.workers import ClusterConfig, RunConfig, TrainerConfig
     from ats_stream.workers.metrics import Record
+    from ats_stream.workers.progress import Progress
 
 USAGE = "ARCHIVE --out RUN [options]"
 
@@ -217,7 +220,12 @@ class EpochLines:
         from tqdm import tqdm
 
         self.num_epochs = num_epochs
-        self._bar = tqdm(unit="step", disable=not sys.stderr.isatty(), leave=False)
+        self._progress: Progress | None = None
+        self._bar = tqdm(
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -225,13 +233,13 @@ class EpochLines:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def on_step(self, step: int, num_steps: int) -> None:
+    def on_step(self, progress: Progress) -> None:
         """Move the bar."""
-        if self._bar.total != num_steps:
-            # what was done before a resume does not count for the speed
-            self._bar.reset(num_steps)
-            self._bar.initial = self._bar.n = step - 1
-        self._bar.update(step - self._bar.n)
+        self._progress = progress
+        if self._bar.total != progress.num_steps:
+            self._bar.reset(progress.num_steps)
+        self._bar.set_postfix_str(f"{_speed(vars(progress))}, {_eta(progress)}", refresh=False)
+        self._bar.update(progress.step - self._bar.n)
 
     def on_record(self, record: Record) -> None:
         """Print one record."""
@@ -240,18 +248,38 @@ class EpochLines:
         if record["phase"] == SKIPPED:
             line = f"left out, cannot be read: {record['slide']}: {record['reason']}"
         elif record["phase"] == "train":
-            behind = f"  staleness {record['staleness']:.1f}" if record["staleness"] else ""
-            effective = f"  effective {record['effective_share']:.0%}" if behind else ""
             line = (
                 f"epoch {record['epoch']:>3}/{self.num_epochs}  {_scores(record)}  "
-                f"sampled mass {record['sampled_mass']:.2%}{behind}{effective}  "
-                f"{record['images_per_s']:.1f} images/s  waiting {record['wait_share']:.0%}"
+                f"sampled mass {record['sampled_mass']:.2%}  {_speed(record)}"
             )
+            if self._progress is not None and record["epoch"] < self.num_epochs:
+                line += f", {_eta(self._progress)}"
         else:
             line = f"{'validation':>13}  {_scores(record)}"
         self._bar.clear()
         print(line, flush=True)
         self._bar.refresh()
+
+
+def _speed(numbers: Mapping[str, Any]) -> str:
+    """Speed, waiting, and with stale attention how stale it was and what that cost.
+
+    >>> _speed({"images_per_s": 12.34, "wait_share": 0.031, "staleness": 0.0, "effective_share": 1.0})
+    '12.3 images/s, waiting 3%'
+    >>> _speed({"images_per_s": 9.0, "wait_share": 0.0, "staleness": 1.0, "effective_share": 0.97})
+    '9.0 images/s, waiting 0%, staleness 1.0, effective 97%'
+    """
+    text = f"{numbers['images_per_s']:.1f} images/s, waiting {numbers['wait_share']:.0%}"
+    if not numbers["staleness"]:
+        return text
+    return f"{text}, staleness {numbers['staleness']:.1f}, effective {numbers['effective_share']:.0%}"
+
+
+def _eta(progress: Progress) -> str:
+    """The time that is left: minutes and seconds, with hours before them if need be."""
+    minutes, seconds = divmod(round(progress.eta_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "ETA " + (f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}")
 
 
 def _scores(record: Record) -> str:

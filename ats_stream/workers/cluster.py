@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ats_stream.workers.elastic_fit import Outcome
     from ats_stream.workers.metrics import Record
     from ats_stream.workers.preemption import StopRequest
+    from ats_stream.workers.progress import Progress
     from ats_stream.workers.ray_backend import StopSign
 
 POLL_INTERVAL_S = 0.3
@@ -203,7 +204,7 @@ def fit_with_ray(
     job: TrainJob,
     run_dir: Path,
     on_record: Callable[[Record], None],
-    on_step: Callable[[int, int], None],
+    on_step: Callable[[Progress], None],
     stop: StopRequest,
 ) -> None:
     """Run the training loop in ``num_ranks`` processes of Ray Train, and follow its metrics.
@@ -219,7 +220,7 @@ def fit_with_ray(
             on_record(record)
         progress = read_progress(run_dir)
         if progress is not None:
-            on_step(*progress)
+            on_step(progress)
 
     def fit(num_ranks: int, is_outgrown: Callable[[], bool]) -> Outcome:
         return _fit(job, run_dir, num_ranks, listen, lambda: stop.asked or is_outgrown())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ats_stream.errors import StorageError
 from ats_stream.files import write_atomic
+from ats_stream.workers.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +40,7 @@ class MetricsLog:
         *,
         resumed_step: int,
         on_record: Callable[[Record], None] | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -84,13 +85,13 @@ class MetricsLog:
         if self._on_record is not None:
             self._on_record(record)
 
-    def progress(self, step: int, num_steps: int) -> None:
+    def progress(self, progress: Progress) -> None:
         """Tell how far the run is: to ``on_step``, else in a file that other processes may look at."""
         if self._on_step is not None:
-            self._on_step(step, num_steps)
+            self._on_step(progress)
         elif time.monotonic() - self._progress_s >= PROGRESS_INTERVAL_S:
             self._progress_s = time.monotonic()
-            write_atomic(self._run_dir / PROGRESS_FILE, json.dumps([step, num_steps]).encode())
+            write_atomic(self._run_dir / PROGRESS_FILE, progress.to_json())
 
     def close(self) -> None:
         """Close the files; of a run that goes on nowhere there is no progress to look at."""
@@ -115,13 +116,12 @@ class MetricsFollower:
         return found
 
 
-def read_progress(run_dir: Path) -> tuple[int, int] | None:
-    """How far a run on Ray is: steps done and all steps; None if it has not said yet."""
+def read_progress(run_dir: Path) -> Progress | None:
+    """How far a run on Ray is; None if it has not said yet."""
     try:
-        step, num_steps = json.loads((run_dir / PROGRESS_FILE).read_bytes())
+        return Progress.from_json((run_dir / PROGRESS_FILE).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
-    return int(step), int(num_steps)
 
 
 def keep_metrics(run_dir: Path, resumed_step: int) -> None:

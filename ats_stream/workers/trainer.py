@@ -28,6 +28,7 @@ from ats_stream.workers.learner import Learner
 from ats_stream.workers.ledger import FLUSH_STEPS, Ledger, keep_ledger
 from ats_stream.workers.metrics import MetricsLog, Record
 from ats_stream.workers.plan import Plan
+from ats_stream.workers.progress import Pace
 from ats_stream.workers.protocol import AttentionWeights
 from ats_stream.workers.quarantine import FAIL, Quarantine, blank_item
 from ats_stream.workers.stream import Stream
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ats_stream.workers.executors import Executor
+    from ats_stream.workers.progress import Progress
     from ats_stream.workers.protocol import Item
     from ats_stream.workers.ranks import Ranks
     from ats_stream.workers.stream import Substitute
@@ -133,7 +135,7 @@ def train_rank(
     job: TrainJob,
     ranks: Ranks,
     on_record: Callable[[Record], None] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
 ) -> None:
     """Train from the newest checkpoint of the run folder, or from the start, to the last step.
 
@@ -287,14 +289,18 @@ class RankTrainer:
         if log is not None:
             self.quarantine.on_new = lambda one: log.skipped(self.stream.step, self._epoch, one)
         interval = self.config.checkpoint_interval or self.plan.steps_per_epoch
+        pace = Pace(
+            first_step=self.stream.step, num_steps=self.plan.num_steps, world_size=self.ranks.world_size
+        )
         if self._epoch_is_open:
             self._end_epoch(log)
         while self.stream.step < self.plan.num_steps and not self.best.is_stale(self.config.patience):
             self._leave_if_asked()
-            self.totals.add(self.step())
+            sums = self.step()
+            self.totals.add(sums)
             step = self.stream.step
             if log is not None:
-                log.progress(step, self.plan.num_steps)
+                log.progress(pace.after(step, sums))
             if step % self.plan.steps_per_epoch == 0:
                 self._end_epoch(log)
             elif step % interval == 0:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ats_stream.io import Archive
     from ats_stream.workers.logger_clients import RunLogger
+    from ats_stream.workers.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,16 @@ def train(
     cluster: ClusterConfig | None = None,
     *,
     on_record: Callable[[Record], None] = lambda _record: None,
-    on_step: Callable[[int, int], None] = lambda _step, _num_steps: None,
+    on_step: Callable[[Progress], None] = lambda _progress: None,
     stop: StopRequest | None = None,
     storage_options: StorageOptions | Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
 
-    ``on_record`` sees each record of the metrics as it is written, ``on_step`` how many steps are done, of
-    how many. A ``stop`` that is asked ends the run between two steps, saved. ``storage_options`` are for the
-    URLs among the slides and are written nowhere. Raises PreemptedError for a stop (with ranks under Ray
-    Train also after a SIGTERM to one of them), ArchiveError for an empty split,
+    ``on_record`` sees each record of the metrics as it is written, ``on_step`` how far it is
+    after each step. A ``stop`` that is asked ends the run between two steps, saved. ``storage_options`` are
+    for the URLs among the slides and are written nowhere. Raises PreemptedError for a stop (with ranks under
+    Ray Train also after a SIGTERM to one of them), ArchiveError for an empty split,
     InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
     folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
     that cannot be read, or, where the configuration leaves these out, BadImagesError for too many of them.

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 import tifffile
 import yaml
 
+from ats_stream.commands.train import EpochLines
 from ats_stream.io import write_archive
 from ats_stream.io.reduce import halve
+from ats_stream.workers.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,6 +122,8 @@ def test_epochs_are_told_one_by_one(table: Path, tmp_path: Path, run: Run) -> No
     assert lines[0] == "training on 4 images of split 'train', validation on 2 of 'val'; classes 0, 1"
     starts = ("training", "of the first", "epoch   1/2", "   validation", "epoch   2/2", "   validation")
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=False))
+    assert re.search(r"sampled mass [\d.]+%  [\d.]+ images/s, waiting \d+%, ETA \d+:\d\d$", lines[2])
+    assert lines[4].endswith("%")  # after the last epoch nothing is left
     assert lines[6].startswith(f"{tmp_path / 'run'}: 2 epochs done, validation accuracy ")
     assert len(lines) == 7
 
@@ -264,3 +269,25 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_the_run_can_go_on(
     assert f"going on from {tmp_path / 'run' / 'checkpoints' / kept[-1]}" in resumed.out
     assert "epoch   1/15" not in resumed.out
     assert "epoch  15/15" in resumed.out
+
+
+def test_the_bar_shows_speed_waiting_staleness_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with EpochLines(3) as lines:
+        for step in (5, 6):
+            lines.on_step(
+                Progress(
+                    step=step,
+                    num_steps=12,
+                    images_per_s=7.25,
+                    wait_share=0.04,
+                    staleness=1.0,
+                    effective_share=0.93,
+                    eta_s=3725.0,
+                )
+            )
+        lines._bar.refresh()
+    shown = capsys.readouterr().err
+    assert "6/12 steps, 7.2 images/s, waiting 4%, staleness 1.0, effective 93%, ETA 1:02:05" in shown

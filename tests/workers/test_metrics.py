@@ -10,12 +10,14 @@ import pytest
 from ats_stream.errors import StorageError
 from ats_stream.workers.metrics import (
     METRICS_FILE,
+    PROGRESS_FILE,
     TENSORBOARD_FOLDER,
     MetricsFollower,
     MetricsLog,
     read_metrics,
     read_progress,
 )
+from ats_stream.workers.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,16 +107,34 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, name:
         MetricsLog(tmp_path, resumed_step=0)
 
 
+def progress(step: int) -> Progress:
+    return Progress(
+        step=step,
+        num_steps=9,
+        images_per_s=2.5,
+        wait_share=0.1,
+        staleness=1.0,
+        effective_share=0.9,
+        eta_s=3.0,
+    )
+
+
 def test_progress_goes_to_the_listener_or_into_a_file_while_the_run_goes_on(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    log = MetricsLog(tmp_path, resumed_step=0, on_step=lambda *step: seen.append(step))
-    log.progress(1, 9)
-    log.progress(2, 9)
-    assert (seen, read_progress(tmp_path)) == ([(1, 9), (2, 9)], None)
+    seen: list[Progress] = []
+    log = MetricsLog(tmp_path, resumed_step=0, on_step=seen.append)
+    log.progress(progress(1))
+    log.progress(progress(2))
+    assert (seen, read_progress(tmp_path)) == ([progress(1), progress(2)], None)
     log.close()
     log = MetricsLog(tmp_path, resumed_step=0)
     assert read_progress(tmp_path) is None
-    log.progress(3, 9)
-    assert read_progress(tmp_path) == (3, 9)
+    log.progress(progress(3))
+    assert read_progress(tmp_path) == progress(3)
     log.close()
+    assert read_progress(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[3, 9]", b'{"step": 3}', b"7"])
+def test_progress_that_cannot_be_understood_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / PROGRESS_FILE).write_bytes(content)
     assert read_progress(tmp_path) is None

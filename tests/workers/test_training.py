@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ats_stream.io import Archive
     from ats_stream.workers import TrainResult
+    from ats_stream.workers.progress import Progress
 
 CONFIG = run_config(num_epochs=2, checkpoint_interval=1)
 
@@ -58,9 +59,11 @@ def test_the_same_command_gives_the_same_weights(
 
 
 def test_each_step_is_told(archive: Archive, tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    train(archive, tmp_path / "run", CONFIG, on_step=lambda *step: steps.append(step))
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    steps: list[Progress] = []
+    train(archive, tmp_path / "run", CONFIG, on_step=steps.append)
+    assert [(one.step, one.num_steps) for one in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(one.images_per_s > 0 and 0 < one.wait_share < 1 and one.staleness == 0 for one in steps)
+    assert [one.eta_s > 0 for one in steps] == [True, True, True, False]
 
 
 def test_a_finished_run_is_returned_at_once(archive: Archive, trained: tuple[TrainResult, list[Any]]) -> None:
