@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ import pytest
 from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, visit, weights
 
 from ats_stream.errors import ClusterError, InputError, SlideError
-from ats_stream.workers import AttentionWeights, Item, Plan, Stream, executors
+from ats_stream.workers import AttentionWeights, Item, Plan, Stream, Visit, executors
 from ats_stream.workers.executors import Executor, RayExecutor, SerialExecutor, make_executor
 
 if TYPE_CHECKING:
@@ -76,6 +79,58 @@ def test_actors_give_the_items_of_the_serial_executor(
 ) -> None:
     for mine, reference in zip(run(make_plan(lag=lag), pool, window=window), serial[lag], strict=True):
         assert_same_item(mine, reference)
+
+
+MAX_DELAY_S = 0.05
+
+
+def delayed_actor(ray: ModuleType, seed: int) -> Any:
+    """A sampler that waits before each item as (seed, visit) decide, and tells when it was done."""
+    from ats_stream.workers.actors import SamplerActor
+
+    sampler: Any = SamplerActor
+
+    class DelayedActor(sampler.__ray_metadata__.modified_class):  # type: ignore[misc]  # known to Ray alone
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.done: list[tuple[float, int]] = []
+
+        def sample(self, visit: Visit, *rest: Any) -> Item:
+            # nobody sets the event: the wait is the delay itself, and no order depends on its length
+            delay_s = MAX_DELAY_S * random.Random(f"{seed} {visit.stream_id}").random()
+            threading.Event().wait(delay_s)
+            item: Item = super().sample(visit, *rest)
+            self.done.append((time.monotonic(), visit.stream_id))
+            return item
+
+        def order(self) -> list[tuple[float, int]]:
+            return self.done
+
+    return ray.remote(DelayedActor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samplers", [2, 3])
+def test_delays_change_the_order_of_work_and_no_item(
+    archive: Archive, ray_local: ModuleType, serial: dict[int | None, list[Item]], num_samplers: int
+) -> None:
+    actor = delayed_actor(ray_local, seed=num_samplers)
+    executor = RayExecutor(
+        *table(archive), MODEL, SAMPLER, num_samplers=num_samplers, cpus_per_sampler=0.1, actor=actor
+    )
+    try:
+        for lag in (0, 1, 4):
+            began_s = time.monotonic()
+            items = run(make_plan(lag=lag), executor)
+            for mine, reference in zip(items, serial[lag], strict=True):
+                assert_same_item(mine, reference)
+        parts = ray_local.get([actor.order.remote() for actor in executor._actors])
+        done = sorted(done for part in parts for done in part if done[0] > began_s)
+        asked = [item.visit.stream_id for item in items]
+        # an item may have been asked for twice; they did overtake each other
+        assert asked != list(dict.fromkeys(stream_id for _, stream_id in done))
+    finally:
+        executor.close()
 
 
 def pids(ray: ModuleType, executor: RayExecutor) -> list[int]:
