@@ -38,6 +38,9 @@ class Learner:
         self._target_RT, self._weight_R = target_RT.to(ranks.device), weight_R.to(ranks.device)
         torch.manual_seed(trainer.seed)
         self.model = PatchClassifier(config.model).to(ranks.device)
+        if self.task.ignores_shift:
+            # nothing but rounding would move it, and the optimiser would make whole steps of that
+            nn.init.zeros_(self.model.head.bias.requires_grad_(False))
         self._wrapped = ranks.wrap(self.model)
         self._optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=trainer.lr, weight_decay=trainer.weight_decay

@@ -31,6 +31,8 @@ class Task(Protocol):
     higher_is_better: bool
     needs_whole_batch: bool
     """Whether the loss of an image depends on the others of the step, over all ranks."""
+    ignores_shift: bool
+    """Whether a number added to all outputs leaves the loss as it is."""
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:
         """Names of the head's outputs."""
@@ -61,6 +63,7 @@ class Classification:
     score = "accuracy"
     higher_is_better = True
     needs_whole_batch = False
+    ignores_shift = False
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:
         """The classes of the table."""
@@ -107,6 +110,7 @@ class MultiLabel:
     score = "auroc"
     higher_is_better = True
     needs_whole_batch = False
+    ignores_shift = False
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:
         """All classes that stand in the table, sorted."""
@@ -173,6 +177,7 @@ class Regression(_OneNumber):
     score = "loss"
     higher_is_better = False
     needs_whole_batch = False
+    ignores_shift = False
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:  # noqa: ARG002  # the protocol's
         """One."""
@@ -208,6 +213,7 @@ class Survival(_OneNumber):
     score = "concordance"
     higher_is_better = True
     needs_whole_batch = True
+    ignores_shift = True
 
     def outputs(self, archive: Archive) -> tuple[str, ...]:  # noqa: ARG002  # the protocol's
         """One."""

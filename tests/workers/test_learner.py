@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from thread_ranks import ThreadRank, make_ranks, side_by_side
 from tiny import make_sampler, run_config, visit, weights
 
 from ats_stream.workers.learner import Learner
@@ -58,51 +58,37 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(archive: Archive, accumul
     torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
 
 
-class Pair(Alone):
-    """Two ranks in two threads, which hand each other what they gather."""
-
-    world_size = 2
-
-    def __init__(self, rank: int, board: dict[int, Any], barrier: threading.Barrier) -> None:
-        super().__init__()
-        self.rank, self.board, self.barrier = rank, board, barrier
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        self.board[self.rank] = values.detach()
-        self.barrier.wait(60)
-        parts = [self.board[0], self.board[1]]
-        self.barrier.wait(60)
-        parts[self.rank] = values
-        return torch.cat(parts)
-
-
 def test_coxs_gradient_over_two_ranks_is_that_of_one(archive: Archive) -> None:
     items = items_of(archive)
     given: dict[str, Any] = {"task": "survival", "num_outputs": 1, "target_RT": SURVIVAL_RT}
     alone = learner(**given)
     sums = alone.step(items)
-    board: dict[int, Any] = {}
-    barrier = threading.Barrier(2)
-    ranks = [learner(Pair(rank, board, barrier), **given) for rank in range(2)]
+    ranks = make_ranks(2)
+    learners = [learner(rank, **given) for rank in ranks]
     found: dict[int, dict[str, float]] = {}
 
-    def work(rank: int) -> None:
-        try:
-            found[rank] = ranks[rank].step(items[2 * rank : 2 * rank + 2])
-        except BaseException:
-            barrier.abort()
-            raise
+    def work(ranks: ThreadRank) -> None:
+        found[ranks.rank] = learners[ranks.rank].step(items[2 * ranks.rank : 2 * ranks.rank + 2])
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(ranks, work)
     assert found[0]["loss"] + found[1]["loss"] == pytest.approx(sums["loss"], rel=1e-5)
-    one, other = gradients(ranks[0]), gradients(ranks[1])
-    # Distributed training takes the mean over the ranks
-    mean = {name: (one[name] + other[name]) / 2 for name in one}
-    torch.testing.assert_close(mean, gradients(alone), rtol=1e-4, atol=1e-6)
+    for each in learners:
+        torch.testing.assert_close(gradients(each), gradients(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_that_the_loss_ignores_stays_where_it_is(archive: Archive) -> None:
+    """Its gradient is rounding alone, of which the optimiser makes whole steps: they depend on the ranks."""
+    items = items_of(archive)
+    one = learner(task="survival", num_outputs=1, target_RT=SURVIVAL_RT, lr=0.1)
+    for _ in range(3):
+        one.step(items)
+    assert one.model.head.bias.tolist() == [0.0]
+    other = learner(task="survival", num_outputs=1, target_RT=SURVIVAL_RT)
+    state = copy.deepcopy(one.state())
+    state["model"]["head.bias"] += 1  # as earlier versions trained it
+    other.restore(state)
+    other.step(items)
+    assert other.model.head.bias.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression", "survival"])

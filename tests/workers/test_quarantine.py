@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from thread_ranks import ThreadRank, make_ranks, side_by_side
 from tiny import MODEL, SAMPLER, make_job, make_sampler, run_config, visit, weights, without_clock
 
 from ats_stream.errors import BadImagesError, CheckpointError, SlideError
@@ -26,8 +27,6 @@ from ats_stream.workers.ranks import Alone
 from ats_stream.workers.trainer import RankTrainer, TrainJob, train_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ats_stream.io import Archive
     from ats_stream.workers import Item, RunConfig
 
@@ -117,7 +116,7 @@ def test_two_ranks_take_the_step_of_one_whoever_has_the_bad_images(
     seeding = threading.Lock()  # torch has one random state for all threads
     found: dict[int, dict[str, torch.Tensor]] = {}
 
-    def work(ranks: Pair) -> None:
+    def work(ranks: ThreadRank) -> None:
         mine = items[2 * ranks.rank : 2 * ranks.rank + 2]
         quarantine = Quarantine(ranks, num_images=4, max_share=1)
         counts[ranks.rank] = quarantine.count(mine), quarantine.state()
@@ -126,73 +125,21 @@ def test_two_ranks_take_the_step_of_one_whoever_has_the_bad_images(
         one.step(mine, num_images=counts[ranks.rank][0])
         found[ranks.rank] = {n: p.grad for n, p in one.model.named_parameters() if p.grad is not None}
 
-    in_pairs(work)
+    side_by_side(make_ranks(2), work)
     assert (
         counts[0]
         == counts[1]
         == (num_good, [{"image": n, "slide": f"{n}.svs", "reason": "torn"} for n in bad])
     )
-    # distributed training takes the mean over the ranks
-    mean = {name: (found[0][name] + found[1][name]) / 2 for name in wanted}
-    torch.testing.assert_close(mean, wanted, rtol=1e-4, atol=1e-6)
-
-
-class Pair(Alone):
-    """Two ranks in two threads, which hand each other what they gather."""
-
-    world_size = 2
-
-    def __init__(self, rank: int, board: dict[int, Any], barrier: threading.Barrier) -> None:
-        super().__init__()
-        self.rank, self.board, self.barrier = rank, board, barrier
-
-    def _exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
-        self.board[self.rank] = values.detach()
-        self.barrier.wait(60)
-        parts = [self.board[0], self.board[1]]
-        self.barrier.wait(60)
-        return parts
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        parts = self._exchange(values)
-        parts[self.rank] = values
-        return torch.cat(parts)
-
-    def collect(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._exchange(values))
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        one, other = self._exchange(values)
-        return one + other
-
-
-def in_pairs(work: Callable[[Pair], None]) -> None:
-    """Run two ranks side by side; what one raises is raised here."""
-    board: dict[int, Any] = {}
-    barrier = threading.Barrier(2)
-    raised: list[BaseException] = []
-
-    def guarded(rank: int) -> None:
-        try:
-            work(Pair(rank, board, barrier))
-        except BaseException as error:
-            raised.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
+    for gradient in found.values():
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
 # --- the cap
 
 
 def test_too_many_bad_images_are_named_in_all_ranks() -> None:
-    def work(ranks: Pair) -> None:
+    def work(ranks: ThreadRank) -> None:
         quarantine = Quarantine(ranks, num_images=40, max_share=0.05)
         told: list[BadImage] = []
         quarantine.on_new = told.append
@@ -207,7 +154,7 @@ def test_too_many_bad_images_are_named_in_all_ranks() -> None:
             "3 of 40 images cannot be read, more than 0.05 of them may: 1.svs: torn; 2.svs: torn; 3.svs: torn"
         )
 
-    in_pairs(work)
+    side_by_side(make_ranks(2), work)
     error = BadImagesError([f"{n}.svs: torn" for n in range(8)], 10, 0.5)
     assert str(error).endswith("4.svs: torn; and 3 more")
 

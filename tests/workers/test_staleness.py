@@ -55,6 +55,7 @@ class LinearTask:
     """A loss that is linear in the outputs, hence in F."""
 
     needs_whole_batch = False
+    ignores_shift = False
 
     def loss(self, outputs_BK: Tensor, _target_BT: Tensor) -> Tensor:
         return outputs_BK @ torch.tensor([1.0, -2.0])

@@ -113,3 +113,18 @@ def test_numbers_of_a_perfect_and_a_reversed_model() -> None:
     assert (found["accuracy"], found["auroc"]) == (1, 1)
     found = TASKS["multilabel"].numbers(sides - 2, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     assert (found["accuracy"], found["auroc"]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_which_losses_a_shift_of_all_outputs_leaves_alone(name: str) -> None:
+    task = TASKS[name]
+    outputs_BK = torch.tensor([[0.5], [-1.0], [2.0]]).double()
+    target_BT = torch.tensor([[3.0, 1], [1, 1], [2, 0]])
+    if name == "classification":  # the shift of one class, not of all
+        outputs_BK = torch.cat([outputs_BK, torch.zeros_like(outputs_BK)], 1)
+        target_BT = torch.tensor([[0.0], [1], [1]])
+    elif name != "survival":
+        target_BT = target_BT[:, 1:]
+    shift_K = torch.eye(outputs_BK.shape[1])[0] * 5
+    before, after = (task.loss(o, target_BT.to(o.dtype)) for o in (outputs_BK, outputs_BK + shift_K))
+    assert torch.allclose(before, after, rtol=1e-12) is task.ignores_shift
