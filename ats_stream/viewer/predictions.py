@@ -8,14 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import InputError, MissingFileError
+from ats_stream.predictions.folder import ATTENTION_FOLDER, PATCHES_FOLDER, attention_path, patches_path
+from ats_stream.predictions.table import CSV_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-TABLE_NAME = "predictions.csv"
-ATTENTION = "attention/{}.ome.zarr"
-PATCHES = "patches/{}.geojson"
 SUFFIXES = (".ome.zarr", ".zarr", ".ome.zarr.zip", ".zarr.zip", ".ome.tiff", ".ome.tif")
+FOLDERS = (ATTENTION_FOLDER, PATCHES_FOLDER)
 MAX_TABLE_BYTES = 256 << 20
 
 
@@ -37,13 +37,13 @@ class Predictions:
         if not folder.is_dir():
             raise MissingFileError(f"{folder}: no such folder of predictions")
         self.folder = folder
-        self._rows = _rows_of(folder / TABLE_NAME)
+        self._rows = _rows_of(folder / CSV_NAME)
         self._by_place = {_absolute(row["slide"]): row for row in reversed(self._rows)}
         self._by_stem: dict[str, list[dict[str, str]]] = {}
         for row in self._rows:
             self._by_stem.setdefault(stem(row["slide"]), []).append(row)
-        if not self._rows and not any((folder / name).is_dir() for name in ("attention", "patches")):
-            raise InputError(f"{folder}: no predictions in it ({TABLE_NAME}, attention/ or patches/)")
+        if not self._rows and not any((folder / name).is_dir() for name in FOLDERS):
+            raise InputError(f"{folder}: no predictions in it ({CSV_NAME}, {'/ or '.join(FOLDERS)}/)")
 
     @property
     def slides(self) -> tuple[str, ...]:
@@ -61,13 +61,14 @@ class Predictions:
             return Prediction()
         # without a table, as while it is being made, files are known by the name of the image alone
         stated = (row or {}).get("name")
-        names = [stated] if stated else [stem(place), PurePosixPath(place.rstrip("/")).name]
+        names = [stated] if stated else [stem(place), PurePosixPath(_as_shown(place)).name]
         names = [name for name in names if name and PurePosixPath(name).name == name]
-        found = [[self.folder / form.format(name) for name in names] for form in (ATTENTION, PATCHES)]
+        maps = [path for name in names if (path := attention_path(self.folder, name)).is_dir()]
+        boxes = [path for name in names if (path := patches_path(self.folder, name)).is_file()]
         told = (row or {}).items()
         return Prediction(
-            attention=next((path for path in found[0] if path.is_dir()), None),
-            patches=next((path for path in found[1] if path.is_file()), None),
+            attention=maps[0] if maps else None,
+            patches=boxes[0] if boxes else None,
             facts={k: v for k, v in told if v and (k in {"predicted", "label"} or k.startswith("p_"))},
         )
 
@@ -75,18 +76,27 @@ class Predictions:
 def stem(place: str) -> str:
     """The name of an image without folders and endings.
 
-    >>> stem("runs/a.b.ome.zarr/"), stem("s3://bucket/c.svs"), stem("d")
+    >>> stem("runs/a.b.ome.zarr/"), stem("https://host/c.zarr?sig=abc"), stem("d")
     ('a.b', 'c', 'd')
     """
-    name = PurePosixPath(place.rstrip("/")).name
+    name = PurePosixPath(_as_shown(place)).name
     for suffix in SUFFIXES:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return PurePosixPath(name).stem
 
 
+def _as_shown(place: str) -> str:
+    """Without login and query, as tables have URLs."""
+    if "://" not in place:
+        return place.rstrip("/")
+    from ats_stream.io.remote import shown
+
+    return shown(place).rstrip("/")
+
+
 def _absolute(place: str) -> str:
-    return place.rstrip("/") if "://" in place else str(Path(place).resolve())
+    return _as_shown(place) if "://" in place else str(Path(place).resolve())
 
 
 def _rows_of(table: Path) -> list[dict[str, str]]:

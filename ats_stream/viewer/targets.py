@@ -102,7 +102,7 @@ class Targets:
             try:
                 return action()
             except (AtsStreamError, ValueError) as error:
-                self._tell(f"{what} of {target.place}: {error}")
+                self._tell(f"{what} of {pyramid.slide}: {error}")
                 problems.append(f"{what} cannot be shown")
                 return ()
 

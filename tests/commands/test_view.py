@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from ats_stream.commands import view
-from ats_stream.io import ConvertConfig, write_pyramid
+from ats_stream.io import ConvertConfig, open_pyramid, write_pyramid
+from ats_stream.viewer.predictions import Predictions
+from ats_stream.viewer.targets import Target, Targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +68,40 @@ def test_predictions_say_what_to_show(folder: Path, run: Run, names: list[str], 
     table.write_text(f"slide,name\n{folder / 'b.ome.zarr'},b\n")
     assert run("view", "--predictions", tmp_path).code == 0
     assert names == ["b"]
+
+
+def test_what_predict_writes_is_shown(
+    trained: Path, table: Path, run: Run, names: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "predictions"
+    assert run("predict", trained, table, "--split", "test", "--out", out).code == 0
+    assert run("view", "--predictions", out).code == 0
+    assert names == ["test-0000", "test-0001", "test-0002"]
+    found = Predictions(out)
+    targets = [Target.of(slide, found.of(slide)) for slide in found.slides]
+    shown = Targets(targets, open_pyramid, tell=pytest.fail).get(1)
+    attention = shown.overlays[0]
+    assert (attention.label, shown.problems) == ("attention", ())
+    where, size = attention.placement, attention.image.size
+    # the map lies over the image to its edges
+    assert (where.left, where.top) == pytest.approx((0, 0), abs=1e-6)
+    assert (where.scale_y * size[0], where.scale_x * size[1]) == pytest.approx(shown.image.size)
+    assert 0 < attention.peak <= 1
+    assert len(shown.patches) == 4
+    assert sum(patch.weight or 0 for patch in shown.patches) == pytest.approx(1)
+    assert {(patch.width, patch.height) for patch in shown.patches} == {(32, 32)}
+    assert set(shown.facts) == {"label", "predicted", "p_0", "p_1"}
+
+
+def test_images_behind_urls_are_served_and_credentials_are_not(
+    folder: Path, run: Run, names: list[str], s3: Any
+) -> None:
+    url = s3.upload(folder / "a.ome.zarr", "view", "a.ome.zarr")
+    words = [f"{name}={value}" for name, value in s3.options.items()]
+    options = [part for word in words for part in ("--storage-options", word)]
+    done = run("view", url, *options)
+    assert (done.code, names) == (0, ["a"])
+    assert s3.secret not in done.out + done.err
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_is_shown(folder: Path, run: Run, names: list[str]) -> None:

@@ -171,6 +171,27 @@ def test_a_click_on_a_box_jumps_and_keys_step(page: Page) -> None:
     assert not page.shows(page.browser.screenshot(), left, top + side / 2, (255, 255, 255))
 
 
+def test_keys_move_and_zoom(page: Page) -> None:
+    def view() -> tuple[float, float, float]:
+        (x0, y0), (x1, _) = page.place(0, 0), page.place(WIDTH, 0)
+        return x0, y0, x1 - x0
+
+    before = view()
+    page.browser.key("+")
+    page.settle()
+    larger = view()
+    assert larger[2] == pytest.approx(1.3 * before[2], rel=1e-3)
+    page.browser.key("ArrowRight")
+    page.browser.key("ArrowDown")
+    page.settle()
+    moved = view()
+    assert moved == pytest.approx((larger[0] - 60, larger[1] - 60, larger[2]), abs=0.5)
+    page.browser.key("-")
+    page.browser.key("0")
+    page.settle()
+    assert view() == pytest.approx(before, abs=0.5)
+
+
 def test_zooming_shows_the_finest_pixels_and_home_shows_all(page: Page) -> None:
     for key in ("a", "b"):
         page.browser.key(key)

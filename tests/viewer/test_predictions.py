@@ -56,8 +56,10 @@ def test_paths_are_compared_as_places(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     found = folder(tmp_path, ("one", "two"), f"slide,name\n{tmp_path}/d/a.svs,one\n{tmp_path}/e/a.svs,two\n")
     assert named(found.of("e/../e/a.svs")) == "two"
-    remote = folder(tmp_path / "r", ("u",), "slide,name\ns3://b/u.ome.zarr,u\n")
+    rows = "s3://b/u.ome.zarr,u\nhttps://host/v.zarr,v\nhttps://other/v.zarr,w\n"
+    remote = folder(tmp_path / "r", ("u", "v", "w"), f"slide,name\n{rows}")
     assert named(remote.of("s3://b/u.ome.zarr")) == "u"
+    assert named(remote.of("https://me:secret@other/v.zarr?sig=abc")) == "w"
 
 
 def test_without_a_table_files_are_known_by_the_name(tmp_path: Path) -> None:

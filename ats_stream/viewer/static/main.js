@@ -66,6 +66,8 @@ class Page {
   }
 
   addOverlays() {
+    // all is the image, also where the cells of a map reach over its edge
+    this.viewer.world.setAutoRefigureSizes(false);
     this.info.overlays.forEach((overlay, which) => {
       const finest = overlay.resolutions[overlay.resolutions.length - 1];
       this.viewer.addTiledImage({
