@@ -25,6 +25,7 @@ instead of drawing; --draws R is the mean over R independent draws, with its sta
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean over so many independent draws, with its standard error (1)",
     )
     parser.add_argument(
+        "--pixel-size",
+        type=float,
+        metavar="UM",
+        help="pixel size of the images at level 0 in micrometres, in place of what they say; a model that "
+        "was trained at a known size reads the level nearest to that, and refuses images without one",
+    )
+    parser.add_argument(
         "--pictures", type=int, metavar="N", help="draw pictures of the first N images only (default: all)"
     )
     add_column_options(parser)
@@ -94,6 +102,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _check_numbers(arguments)
     cluster = cluster_from(arguments, num_ranks=1)
     predictor = Predictor.load(arguments.run_folder)
+    if arguments.pixel_size is not None:
+        predictor = predictor.with_pixel_size(arguments.pixel_size)
     options = storage_options_from(arguments)
     rows = _rows(arguments, predictor.config, options)
     how = {"scheme": arguments.scheme, "draws": arguments.draws}
@@ -199,6 +209,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
     if arguments.pictures is not None and arguments.pictures < 0:
         raise InputError(f"--pictures must not be negative, got {arguments.pictures}")
+    if arguments.pixel_size is not None and not 0 < arguments.pixel_size < math.inf:
+        raise InputError(f"--pixel-size must be positive, got {arguments.pixel_size}")
 
 
 def _rows(

@@ -34,7 +34,7 @@ takes every setting from a file, such as that of another run, except those given
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
     from ats_stream.commands.options import archive_from, cluster_from, config_from, storage_options_from
     from ats_stream.models import ModelConfig
     from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig
+    from ats_stream.workers.pixel_size import level_0_um
     from ats_stream.workers.tasks import TASKS
 
     classes = apply_config_file(arguments)
@@ -108,6 +109,9 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
     outputs = classes or TASKS[trainer.task].outputs(archive)
     first = storage_options.open(archive.split(trainer.train_split)[0].slide)
     full = first.levels[0]
+    if not hasattr(arguments, "pixel_size_um"):
+        # six digits: sizes of one scanner differ behind them
+        sampler = replace(sampler, pixel_size_um=float(f"{level_0_um(first) or 0.0:.6g}"))
     model = config_from(
         arguments,
         ModelConfig,
@@ -127,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ats_stream.workers import train
     from ats_stream.workers.checkpoint import latest_checkpoint
     from ats_stream.workers.preemption import StopRequest
-    from ats_stream.workers.sampler import view_level
+    from ats_stream.workers.sampler import read_levels
     from ats_stream.workers.tasks import TASKS
 
     stop = StopRequest()
@@ -135,7 +139,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = read_run(arguments)
     archive, config, first = asked.archive, asked.config, asked.first
     trainer, sampler = config.trainer, config.sampler
-    print(describe(archive, config, view_level(first, sampler.view_downsample)), flush=True)
+    print(describe(archive, config, read_levels(first, sampler)[1]), flush=True)
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
         print(f"going on from {before}", flush=True)

@@ -18,6 +18,15 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add_field(
         group, sampler, "view_downsample", "--view-downsample", "full over low resolution; the nearest level"
     )
+    group.add_argument(
+        "--read-pixel-size",
+        dest="pixel_size_um",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="UM",
+        help="micrometres per pixel that patches are read at, from the level nearest to it; 0: level 0 of "
+        "each image, whatever its size (default: that of level 0 of the first image)",
+    )
     add_choice(
         group,
         sampler,

@@ -27,6 +27,7 @@ from ats_stream.workers.config import ClusterConfig, RunConfig
 from ats_stream.workers.executors import make_executor
 from ats_stream.workers.plan import Visit
 from ats_stream.workers.protocol import AttentionWeights
+from ats_stream.workers.sampler import read_levels
 from ats_stream.workers.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -68,9 +69,11 @@ class Predicted:
     """R of the drawn positions, divided by the number of draws; attention * weight is what each patch counts
     for."""
     offsets_ND: Array
-    """First pixel of each drawn patch at full resolution."""
+    """First pixel of each drawn patch, in pixels of level 0."""
+    patch_px: int
+    """Side of the patches in pixels of level 0."""
     crops_NCPP: Array
-    """The drawn patches."""
+    """The drawn patches, as read: at level 0, or the level of the pixel size of the training."""
     features_NF: Array
     """What the feature network makes of them."""
     stored_bytes: int
@@ -120,7 +123,7 @@ class Predicted:
             height=self.full_shape[-2],
             width=self.full_shape[-1],
             pixel_size_um=None if size_um is None else math.fsum(size_um) / len(size_um),
-            patch_px=self.crops_NCPP.shape[-1],
+            patch_px=self.patch_px,
             patches=Patches(
                 draw=tuple(self.draw_N.tolist()),
                 y=tuple(self.offsets_ND[:, -2].tolist()),
@@ -182,11 +185,19 @@ class Predictor:
             raise CheckpointError(f"{path}: the weights do not fit their configuration: {reason}") from error
         return cls(model.eval().requires_grad_(False), config)
 
+    def with_pixel_size(self, um: float) -> Predictor:
+        """The same model; ``um`` is the pixel size of all images at level 0, 0 for what they say themselves.
+
+        It decides at which level a model reads that was trained at a known pixel size.
+        """
+        sampler = replace(self.config.sampler, assumed_pixel_um=um)
+        return replace(self, config=replace(self.config, sampler=sampler))
+
     @property
     def key(self) -> str:
         """Hash of weights and configuration: predictors with the same key say the same."""
         weights = {name: t.numpy() for name, t in self.model.state_dict().items()}
-        config = json.dumps(self.config.to_dict(), sort_keys=True)
+        config = json.dumps(self.with_pixel_size(0.0).config.to_dict(), sort_keys=True)
         return hashlib.sha256(f"{AttentionWeights.of(weights).key} {config}".encode()).hexdigest()
 
     def info(
@@ -204,6 +215,7 @@ class Predictor:
             scheme=scheme,
             num_draws=draws,
             num_patches=self.config.sampler.num_patches,
+            pixel_size_um=self.config.sampler.assumed_pixel_um or None,
         )
 
     def predict(self, rows: Sequence[ArchiveRow], *args: Any, **options: Any) -> Iterator[Predicted]:
@@ -281,7 +293,9 @@ class Predictor:
     ) -> Predicted:
         first = items[0]
         pyramid = options.open(row.slide)
-        full = pyramid.levels[0]
+        full, sampler = pyramid.levels[0], self.config.sampler
+        assumed_um, (read, _) = sampler.assumed_pixel_um, read_levels(pyramid, sampler)
+        offsets_ND = np.concatenate([item.offsets_ND[: item.num_drawn] for item in items])
         # closed before anything is yielded: the mode belongs to the thread, so to whoever receives that
         with torch.inference_mode():
             log_a_M = self.model.log_attention(tensor_of(first.view_CYX), log_prior_of(first.prior_YX))
@@ -305,14 +319,15 @@ class Predictor:
             attention_N=np.concatenate([attention_N for _, attention_N, _ in seen]),
             weight_N=np.concatenate([item.weight_N[: item.num_drawn] for item in items])
             / np.float32(len(items)),
-            offsets_ND=np.concatenate([item.offsets_ND[: item.num_drawn] for item in items]),
+            offsets_ND=np.rint(offsets_ND * np.array(read.downsample)).astype(np.int64),
+            patch_px=round(sampler.patch_px * max(read.downsample)),
             crops_NCPP=np.concatenate([item.crops_NCPP[: item.num_drawn] for item in items]),
             features_NF=np.concatenate([features_NF for _, _, features_NF in seen]),
             stored_bytes=sum(item.stored_bytes for item in items),
             decoded_bytes=sum(item.decoded_bytes for item in items),
             full_shape=full.shape,
             full_bytes=math.prod(full.shape) * full.dtype.itemsize,
-            pixel_size_um=full.pixel_size_um,
+            pixel_size_um=(assumed_um,) * 2 if assumed_um else full.pixel_size_um,
             view_downsample=tuple(n / m for n, m in zip(full.shape[1:], map_shape, strict=True)),
             seconds=sum(item.seconds for item in items),
             task=self.config.trainer.task,

@@ -15,7 +15,7 @@ from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import collate
 from ats_stream.workers.plan import Visit
 from ats_stream.workers.protocol import AttentionWeights
-from ats_stream.workers.sampler import PatchSampler, read_prior, view_level
+from ats_stream.workers.sampler import PatchSampler, read_levels, read_prior
 from ats_stream.workers.sizing import ImageFacts, expected_chunks, touched_counts
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def probe(
 
 
 def _facts(pyramid: Pyramid, config: RunConfig, items: Sequence[Item]) -> ImageFacts:
-    full, level = pyramid.levels[0], view_level(pyramid, config.sampler.view_downsample)
+    full, level = read_levels(pyramid, config.sampler)
     pyramid.read(level)
     view_stored = pyramid.read_stats(level).stored_bytes
     prior, label = None, config.sampler.prior_label

@@ -6,6 +6,7 @@ as well in the training process as in an actor, and a lost call can be repeated.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ats_stream.io.remote import shown
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
 from ats_stream.workers.batch import log_prior_of, tensor_of
+from ats_stream.workers.pixel_size import full_level
 from ats_stream.workers.protocol import Array, AttentionWeights, Item
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ class SamplerConfig:
     """How positions are drawn and weighed: see ats_stream.sampling.draw."""
     prior_label: str | None = None
     """Name of a label image (``tissue``, ``foreground``) outside which nothing is drawn."""
+    pixel_size_um: float = 0.0
+    """Pixel size of what counts as full resolution: patches and view are read at the level nearest to it, and
+    an image without such a level is refused. 0: level 0 of every image, whatever its size."""
+    assumed_pixel_um: float = 0.0
+    """Pixel size that every image is taken to have at level 0; 0: what it says."""
     seed: int = 0
     """Seed of all draws."""
     cache_bytes: int = VIEW_CACHE_BYTES
@@ -60,6 +67,9 @@ class SamplerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.view_downsample >= 1:
             raise ValueError(f"view_downsample must be at least 1, got {self.view_downsample}")
+        for name in ("pixel_size_um", "assumed_pixel_um"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
         if self.cache_bytes < 0:
@@ -130,12 +140,12 @@ class PatchSampler:
                 raise SlideError(pyramid.slide, f"nothing can be drawn: {error}") from error
         # a draw of the CPU is not copied
         index_N, log_q_N, weight_N = (t[0].cpu() for t in (drawn.index, drawn.log_prob, drawn.weight))
-        full = pyramid.levels[0]
+        full, _ = read_levels(pyramid, config)
         size = (config.patch_px,) * len(map_shape)
         offsets_ND = patch_offsets(index_N[None], map_shape, full.shape[1:], size)[0].numpy()
-        before = pyramid.read_stats(0)
-        crops = pyramid.read_patches(0, offsets_ND, size)
-        after = pyramid.read_stats(0)
+        before = pyramid.read_stats(full)
+        crops = pyramid.read_patches(full, offsets_ND, size)
+        after = pyramid.read_stats(full)
         return Item(
             visit=visit,
             slide=shown(slide),
@@ -163,7 +173,7 @@ class PatchSampler:
 
     def _read_view(self, pyramid: Pyramid) -> View:
         config, slide = self.config, pyramid.slide
-        level = view_level(pyramid, config.view_downsample)
+        _, level = read_levels(pyramid, config)
         if level.shape[0] != self.num_channels:
             raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {self.num_channels}")
         if pyramid.axes != ("c", "y", "x") or level.dtype.name not in PIXEL_TYPES:
@@ -173,6 +183,12 @@ class PatchSampler:
         if config.prior_label is not None:
             prior = read_prior(pyramid, config.prior_label, level.shape[1:], cache_bytes=config.cache_bytes)
         return View(pyramid.view(level, cache_bytes=config.cache_bytes), prior)
+
+
+def read_levels(pyramid: Pyramid, config: SamplerConfig) -> tuple[Level, Level]:
+    """The level that patches are read from and the one that serves as view; SlideError if there is none."""
+    full = full_level(pyramid, config.pixel_size_um, config.assumed_pixel_um)
+    return full, view_level(pyramid, config.view_downsample * max(full.downsample))
 
 
 def view_level(pyramid: Pyramid, downsample: float) -> Level:

@@ -157,6 +157,7 @@ def bad_inputs(folder: Path, trained: Path, table: Path, pyramid: Path) -> dict[
         "no split": ([trained, table, "--split", "all"], "no rows of split 'all'"),
         "two tables": ([trained, table, table], "archive.csv: a table must be the only input, got 2"),
         "pictures": ([trained, pyramid, "--pictures", "-1"], "--pictures must not be negative, got -1"),
+        "size": ([trained, pyramid, "--pixel-size", "0"], "--pixel-size must be positive, got 0"),
         "draws": ([trained, pyramid, "--draws", "0"], "draws must be at least 1"),
         "top draws": (
             [trained, pyramid, "--draws", "2", "--scheme", "top"],
@@ -169,7 +170,7 @@ def bad_inputs(folder: Path, trained: Path, table: Path, pyramid: Path) -> dict[
 
 
 CASES = ("no run", "empty run", "text", "foreign", "cut", "label", "gone", "slide", "no pyramid", "split",
-         "no split", "two tables", "pictures", "draws", "top draws", "typo",
+         "no split", "two tables", "pictures", "size", "draws", "top draws", "typo",
          "samplers", "cluster")  # fmt: skip
 
 
