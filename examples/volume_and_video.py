@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
 
-    accuracy = train(model_of(1, (BEAD + 2,) * 3), 12 if arguments.small else arguments.steps)
+    accuracy = train(model_of(1, (BEAD + 2,) * 3), 3 if arguments.small else arguments.steps)
     volume = arguments.volume or beads(1, np.random.default_rng(1))[0][0].numpy()
     look("volume", open_pyramid(volume), patch=(8, 32, 32) if arguments.volume else (12, 12, 12))
     film = arguments.video or open_made_video()

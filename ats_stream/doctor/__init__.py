@@ -4,7 +4,7 @@ What is looked at is imported and tried in another process (:mod:`~ats_stream.do
 package that is broken, even one that kills the interpreter, becomes a finding like any other.
 """
 
-from ats_stream.doctor.examine import examine
+from ats_stream.doctor.examination import examine
 from ats_stream.doctor.finding import Finding, State
 
 __all__ = ["Finding", "State", "examine"]

@@ -10,7 +10,7 @@ import pytest
 from ats_stream import cli
 from ats_stream.doctor import Finding, State
 from ats_stream.doctor.ask import Answer
-from ats_stream.doctor.examine import codecs, devices, stores
+from ats_stream.doctor.examination import codecs, devices, stores
 
 H100 = {"name": "H100", "memory_bytes": 80 << 30, "adds": True}
 
@@ -58,9 +58,28 @@ def test_codecs_and_stores() -> None:
     assert stores(Answer({"schemes": ["s3"]}), ["AWS_PROFILE"]).said == "s3; credentials by AWS_PROFILE"
 
 
-def test_this_installation_can_do_its_work(
+FACTS: dict[str, dict[str, Any]] = {
+    "gpu": {"built_for": "13.0", "devices": [H100]},
+    "cupy-device": {"version": "14.2.0", "available": True, "runtime": 13000},
+    "codecs": {"works": ["jpeg8"], "fails": []},
+    "openslide-library": {"version": "4.0.1"},
+    "video": {"decoders": ["h264"]},
+    "object-stores": {"schemes": ["s3"]},
+}
+
+
+def test_all_is_asked_at_once_and_no_secret_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the probes themselves: test_probe.py, and tests/test_packaging.py in an environment with the wheel
+    asked: list[str] = []
+
+    def ask(words: list[str]) -> dict[str, Answer]:
+        asked.extend(words)
+        return {word: Answer(FACTS.get(word, {})) for word in words}
+
+    monkeypatch.setattr("ats_stream.doctor.examination.ask", ask)
+    monkeypatch.setattr("ats_stream.doctor.packages.installed_names", lambda: {"cupy-cuda13x", "av"})
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "not-to-be-seen")
     monkeypatch.setenv("RAY_ADDRESS", "ray://someone:not-to-be-seen@head:10001")
     code = cli.main(["doctor", "--json"])
@@ -68,9 +87,10 @@ def test_this_installation_can_do_its_work(
     result = json.loads(written.out)
     bad = [finding for finding in result["findings"] if finding["state"] == "bad"]
     assert (code, bad) == (0, [])
+    assert {"torch", "ray", "zarr", *FACTS} <= {*asked}
     subjects = {finding["subject"] for finding in result["findings"]}
-    assert {"python", "torch", "ray", "gpu", "codecs", "OpenSlide's library", "cache of numba"} <= subjects
-    assert {"object stores", "working folder", "shared memory", "ray cluster"} <= subjects
+    assert {"python", "torch", "ray", "gpu 0", "CuPy on the gpu", "codecs", "OpenSlide's library"} <= subjects
+    assert {"cache of numba", "cache of CuPy", "object stores", "working folder", "ray cluster"} <= subjects
     assert "not-to-be-seen" not in written.out + written.err
 
 
