@@ -22,7 +22,6 @@ import argparse
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -138,13 +137,13 @@ class Server:
 
 @contextmanager
 def viewing(place: Path) -> Iterator[Server]:
-    """A server of one image, ended by Ctrl-C as users end it."""
+    """A server of one image."""
     command = [sys.executable, "-m", "ats_stream.cli", "view", str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield Server(process)
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
 
 

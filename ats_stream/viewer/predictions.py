@@ -8,7 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import InputError, MissingFileError
-from ats_stream.predictions.folder import ATTENTION_FOLDER, PATCHES_FOLDER, attention_path, patches_path
+from ats_stream.predictions.folder import (
+    ATTENTION_FOLDER,
+    PATCHES_FOLDER,
+    attention_path,
+    is_prediction,
+    patches_path,
+    read_folder,
+)
 from ats_stream.predictions.table import CSV_NAME
 
 if TYPE_CHECKING:
@@ -37,7 +44,7 @@ class Predictions:
         if not folder.is_dir():
             raise MissingFileError(f"{folder}: no such folder of predictions")
         self.folder = folder
-        self._rows = _rows_of(folder / CSV_NAME)
+        self._rows = _rows_of(folder / CSV_NAME) or _rows_under_way(folder)
         self._by_place = {_absolute(row["slide"]): row for row in reversed(self._rows)}
         self._by_stem: dict[str, list[dict[str, str]]] = {}
         for row in self._rows:
@@ -100,7 +107,7 @@ def _absolute(place: str) -> str:
 
 
 def _rows_of(table: Path) -> list[dict[str, str]]:
-    """The rows of a table that name a slide; none if there is no table yet."""
+    """The rows of a table; none if there is no table yet."""
     try:
         if table.stat().st_size > MAX_TABLE_BYTES:
             raise InputError(f"{table}: larger than {MAX_TABLE_BYTES} bytes, is no table of predictions")
@@ -113,3 +120,15 @@ def _rows_of(table: Path) -> list[dict[str, str]]:
     if any(not row.get("slide") or "\0" in row["slide"] for row in rows):
         raise InputError(f"{table}: is no table of predictions, it names no slide in some row")
     return rows
+
+
+def _rows_under_way(folder: Path) -> list[dict[str, str]]:
+    """The same of a run that has not written its table yet: the images that it has done."""
+    if not is_prediction(folder):
+        return []
+    info, records, _ = read_folder(folder)
+    return [
+        {"slide": one.slide, "name": one.name, "label": one.label, "predicted": one.predicted}
+        | {name: f"{value:.6f}" for name, value in zip(info.value_columns(), one.value_K, strict=False)}
+        for one in records
+    ]

@@ -91,6 +91,10 @@ def test_what_predict_writes_is_shown(
     assert sum(patch.weight or 0 for patch in shown.patches) == pytest.approx(1)
     assert {(patch.width, patch.height) for patch in shown.patches} == {(32, 32)}
     assert set(shown.facts) == {"label", "predicted", "p_0", "p_1"}
+    for name in ("predictions.csv", "predictions.parquet"):  # as while it was under way
+        (out / name).unlink()
+    before = Predictions(out)
+    assert [(s, before.of(s)) for s in before.slides] == [(s, found.of(s)) for s in found.slides]
 
 
 def test_images_behind_urls_are_served_and_credentials_are_not(
