@@ -26,6 +26,8 @@ TITLES = {
     "plateau": ("What shortens the plateau of training", "python benchmarks/plateau.py"),
     "read": ("Reading patches", "python benchmarks/read.py"),
     "sampling": ("Drawing on the CPU", "python benchmarks/sampling.py"),
+    "stream": ("The stream of items", "python benchmarks/stream.py"),
+    "train": ("A step beside every patch", "python benchmarks/train.py"),
     "view": ("Tiles of the viewer", "python benchmarks/view.py"),
     "megapixel_mnist": ("Megapixel MNIST", "python benchmarks/megapixel_mnist.py"),
 }
