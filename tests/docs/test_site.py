@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from site_docstrings import as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -79,15 +76,6 @@ def test_numbers_of_benchmarks_are_those_of_the_results(site: Path) -> None:
     assert all(f"<td>{seconds}</td>" in page for seconds in found)
 
 
-def docstrings() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_docstrings", ROOT / "docs/site/docstrings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -100,4 +88,4 @@ def docstrings() -> ModuleType:
     ],
 )
 def test_docstrings_become_markdown(text: str, shown: str) -> None:
-    assert docstrings().as_markdown(text) == shown
+    assert as_markdown(text) == shown

@@ -1,6 +1,6 @@
 """Megapixel MNIST, the task of the paper, in a training loop of your own.
 
-    python examples/megapixel_mnist.py        (the images need scipy)
+    python examples/megapixel_digits.py        (the images need scipy)
 
 A canvas of 500 x 500 pixels holds five handwritten digits; three of them show the class. The model sees a
 view of a fifth of the side and 10 patches of 50 pixels. Images are those of the benchmark
