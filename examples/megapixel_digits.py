@@ -4,9 +4,8 @@
 
 A canvas of 500 x 500 pixels holds five handwritten digits; three of them show the class. The model sees a
 view of a fifth of the side and 10 patches of 50 pixels. Images are those of the benchmark
-(benchmarks/megapixel_data.py), networks are the paper's; benchmarks/megapixel_mnist.py trains to the end
-and compares estimators. On two cores an epoch takes about two minutes; accuracy leaves chance (0.1) after
-some epochs.
+(benchmarks/megapixel_data.py), networks are the paper's. For some epochs accuracy stays at chance (0.1);
+benchmarks/megapixel_mnist.py trains to the end, compares estimators and keeps the curves.
 """
 
 from __future__ import annotations
