@@ -280,12 +280,12 @@ def _read(worker: Process) -> dict[str, float]:
 
 
 def read_work(folder: Path, size: Size, address: str, config: SamplerConfig) -> Work:
-    """A pyramid of zstd chunks of a synthetic slide."""
+    """A pyramid of zstd chunks of a synthetic slide, once for each item, so that each draws anew."""
     place = folder / "slide.ome.zarr"
     write_store(make_slide(folder, SlideConfig(side_px=size.slide_px)), place, 128)
     # its coarsest level
     config = replace(config, view_downsample=size.slide_px / 256)
-    return Work(config=config, slides=(str(place),), address=address)
+    return Work(config=config, slides=(str(place),) * size.num_items, address=address)
 
 
 def measure(names: Sequence[str], size: Size, folder: Path) -> Iterator[dict[str, Any]]:

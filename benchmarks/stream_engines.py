@@ -36,12 +36,9 @@ def attention_weights() -> AttentionWeights:
     return AttentionWeights.of({name: t.numpy() for name, t in attention.state_dict().items()})
 
 
-def visits(num_images: int, num_items: int, epoch: int) -> list[Visit]:
-    """What one epoch asks for."""
-    return [
-        Visit(image=n % num_images, step=n, stream_id=(epoch << 32) + n, version=0, share=1.0)
-        for n in range(num_items)
-    ]
+def visits(num_images: int, num_items: int) -> list[Visit]:
+    """What each epoch asks for: item n is drawn by stream n, in all engines."""
+    return [Visit(image=n % num_images, step=n, stream_id=n, version=0, share=1.0) for n in range(num_items)]
 
 
 class Canned:
@@ -51,7 +48,7 @@ class Canned:
         rng = np.random.default_rng(0)
         n, shape = config.num_patches, (config.num_patches, MODEL.num_channels, *(config.patch_px,) * 2)
         self._item = Item(
-            visit=visits(1, 1, 0)[0],
+            visit=visits(1, 1)[0],
             slide="canned",
             label=0,
             view_CYX=np.zeros((MODEL.num_channels, 64, 64), np.uint8),
@@ -102,6 +99,12 @@ class Work:
         return PatchSampler(self.slides, [0] * len(self.slides), MODEL, self.config)
 
 
+def plan_of(work: Work, num_items: int) -> Plan:
+    """The same visits as steps of one item each."""
+    images = tuple(n % work.num_images for n in range(num_items))
+    return Plan(images=images, batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None)
+
+
 class Engine:
     """``epoch`` takes so many items; the first call warms up."""
 
@@ -140,9 +143,9 @@ class Engine:
 class InOneProcess(Engine):
     """Nothing travels: items are made where they are taken."""
 
-    def items(self, epoch: int, num_items: int) -> Iterator[Array]:
+    def items(self, _epoch: int, num_items: int) -> Iterator[Array]:
         sampler, weights = self.work.sampler(), attention_weights()
-        for visit in visits(self.work.num_images, num_items, epoch):
+        for visit in visits(self.work.num_images, num_items):
             yield sampler.sample(visit, weights).crops_NCPP
 
 
@@ -190,10 +193,7 @@ class AtsStream(OnRay):
         self._attention = PatchClassifier(MODEL).attention
 
     def items(self, _epoch: int, num_items: int) -> Iterator[Array]:
-        # one step an item; the images in turns, as the others have them
-        images = tuple(n % self.work.num_images for n in range(num_items))
-        plan = Plan(images=images, batch_size=1, num_epochs=1, seed=0, shuffle=False, lag=None)
-        stream = Stream(plan, self._executor, window=WINDOW)
+        stream = Stream(plan_of(self.work, num_items), self._executor, window=WINDOW)
         stream.publish(0, self._attention)
         for item in stream:
             yield item.crops_NCPP
@@ -229,9 +229,9 @@ class BareWindow(OnRay):
         actor = self.ray.remote(Producer)
         self._actors = [actor.options(num_cpus=0.1).remote(self.work) for _ in range(NUM_PRODUCERS)]
 
-    def items(self, epoch: int, num_items: int) -> Iterator[Array]:
+    def items(self, _epoch: int, num_items: int) -> Iterator[Array]:
         waiting: deque[Any] = deque()
-        for number, visit in enumerate(visits(self.work.num_images, num_items, epoch)):
+        for number, visit in enumerate(visits(self.work.num_images, num_items)):
             if len(waiting) == WINDOW:
                 yield self.ray.get(waiting.popleft()).crops_NCPP
             waiting.append(self._actors[number % NUM_PRODUCERS].make.remote(visit))

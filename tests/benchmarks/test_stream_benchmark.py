@@ -91,10 +91,25 @@ def test_engines_take_the_same_items(ray_local: ModuleType) -> None:
 
 def test_canned_patches_are_new_copies_of_the_same_ones() -> None:
     canned = stream_engines.Canned(SamplerConfig(num_patches=2, patch_px=32))
-    first, second = (canned.sample(visit, None) for visit in stream_engines.visits(1, 2, 0))
+    first, second = (canned.sample(visit, None) for visit in stream_engines.visits(1, 2))
     assert np.array_equal(first.crops_NCPP, second.crops_NCPP)
     assert not np.shares_memory(first.crops_NCPP, second.crops_NCPP)
     assert [item.visit.step for item in (first, second)] == [0, 1]
+
+
+def test_items_that_are_read_are_the_same_however_they_are_asked_for(tmp_path: Path) -> None:
+    size = stream.QUICK
+    config = SamplerConfig(num_patches=2, patch_px=64)
+    work = stream.read_work(tmp_path, size, "", config)
+    wanted = stream_engines.visits(work.num_images, size.num_items)
+    plan = stream_engines.plan_of(work, size.num_items)
+    planned = [visit for step in range(plan.num_steps) for visit in plan.visits(step)]
+    assert [(v.image, v.stream_id) for v in planned] == [(v.image, v.stream_id) for v in wanted]
+    sampler, weights = work.sampler(), stream_engines.attention_weights()
+    dataset = stream_engines.Images(work, size.num_items)
+    crops = [sampler.sample(visit, weights).crops_NCPP for visit in wanted]
+    assert all(np.array_equal(dataset[n].numpy(), crops[n]) for n in range(len(dataset)))
+    assert len({array.tobytes() for array in crops}) == len(crops)
 
 
 @pytest.mark.torture
