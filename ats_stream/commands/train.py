@@ -107,7 +107,7 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
     storage_options = storage_options_from(arguments)
     archive = _folded(archive_from(arguments, arguments.archive), arguments, trainer)
     outputs = classes or TASKS[trainer.task].outputs(archive)
-    first = storage_options.open(archive.split(trainer.train_split)[0].slide)
+    first = _first(archive.split(trainer.train_split), trainer, storage_options)
     full = first.levels[0]
     if not hasattr(arguments, "pixel_size_um"):
         # six digits: sizes of one scanner differ behind them
@@ -171,6 +171,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"val_{name}": scores[-1] if scores else None,
         **({"skipped": {one.slide: one.reason for one in skipped}} if skipped else {}),
     }
+
+
+def _first(rows: Archive, trainer: TrainerConfig, storage_options: StorageOptions) -> Pyramid:
+    """The first image, or, where bad ones are left out, the first that can be opened."""
+    from ats_stream.errors import SlideError
+    from ats_stream.workers.quarantine import FAIL
+
+    for row in rows:
+        try:
+            return storage_options.open(row.slide)
+        except SlideError:
+            if trainer.on_bad_image == FAIL:
+                raise
+    raise SlideError(rows[0].slide, "cannot be opened, nor can any other image of its split")
 
 
 def _folded(archive: Archive, arguments: argparse.Namespace, trainer: TrainerConfig) -> Archive:

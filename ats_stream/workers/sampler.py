@@ -172,17 +172,22 @@ class PatchSampler:
             self._attention_key = weights.key
 
     def _read_view(self, pyramid: Pyramid) -> View:
-        config, slide = self.config, pyramid.slide
-        _, level = read_levels(pyramid, config)
-        if level.shape[0] != self.num_channels:
-            raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {self.num_channels}")
-        if pyramid.axes != ("c", "y", "x") or level.dtype.name not in PIXEL_TYPES:
-            found = f"{level.dtype} pixels over {' '.join(pyramid.axes[1:])}"
-            raise SlideError(slide, f"has {found}, the model reads {' or '.join(PIXEL_TYPES)} over y x")
-        prior = None
-        if config.prior_label is not None:
-            prior = read_prior(pyramid, config.prior_label, level.shape[1:], cache_bytes=config.cache_bytes)
-        return View(pyramid.view(level, cache_bytes=config.cache_bytes), prior)
+        level, prior = check_image(pyramid, self.config, num_channels=self.num_channels)
+        return View(pyramid.view(level, cache_bytes=self.config.cache_bytes), prior)
+
+
+def check_image(pyramid: Pyramid, config: SamplerConfig, *, num_channels: int) -> tuple[Level, Array | None]:
+    """The level of the view and the prior of an image; SlideError if these are not what a sampler reads."""
+    slide, (_, level) = pyramid.slide, read_levels(pyramid, config)
+    if level.shape[0] != num_channels:
+        raise SlideError(slide, f"has {level.shape[0]} channels, the model reads {num_channels}")
+    if pyramid.axes != ("c", "y", "x") or level.dtype.name not in PIXEL_TYPES:
+        found = f"{level.dtype} pixels over {' '.join(pyramid.axes[1:])}"
+        raise SlideError(slide, f"has {found}, the model reads {' or '.join(PIXEL_TYPES)} over y x")
+    if config.prior_label is None:
+        return level, None
+    prior = read_prior(pyramid, config.prior_label, level.shape[1:], cache_bytes=config.cache_bytes)
+    return level, prior
 
 
 def read_levels(pyramid: Pyramid, config: SamplerConfig) -> tuple[Level, Level]:

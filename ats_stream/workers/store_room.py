@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ats_stream.errors import ClusterError, SlideError
 from ats_stream.workers.quarantine import FAIL
-from ats_stream.workers.sampler import view_level
+from ats_stream.workers.sampler import read_levels
 from ats_stream.workers.sizing import STORE_SHARE, ImageFacts, item_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def first_item_bytes(job: TrainJob) -> int | None:
     for row in job.train_rows[:NUM_LOOKED_AT]:
         try:
             pyramid = job.storage_options.open(job.slides[row])
-            channels, *space = view_level(pyramid, sampler.view_downsample).shape
+            channels, *space = read_levels(pyramid, sampler)[1].shape
         except SlideError:
             if job.config.trainer.on_bad_image == FAIL:
                 raise

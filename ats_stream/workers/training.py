@@ -14,6 +14,7 @@ from ats_stream.errors import ArchiveError, InputError, TargetExistsError
 from ats_stream.io import StorageOptions
 from ats_stream.workers.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, check_world
+from ats_stream.workers.first_look import look_at
 from ats_stream.workers.loggers import Loggers, make_loggers
 from ats_stream.workers.metrics import SKIPPED, Record, keep_metrics, read_metrics
 from ats_stream.workers.preemption import StopRequest
@@ -65,12 +66,12 @@ def train(
 ) -> TrainResult:
     """Train to the last epoch; a run folder that holds a checkpoint of the same configuration is taken up.
 
-    ``on_record`` sees each record of the metrics as it is written, ``on_step`` how far it is
-    after each step. A ``stop`` that is asked ends the run between two steps, saved. ``storage_options`` are
-    for the URLs among the slides and are written nowhere. Raises PreemptedError for a stop (with ranks under
-    Ray Train also after a SIGTERM to one of them), ArchiveError for an empty split,
-    InputError or ClusterError for what cannot run here (before anything starts), CheckpointError for a run
-    folder of another configuration, TargetExistsError for a folder that is no run, SlideError for a slide
+    ``on_record`` sees each record of the metrics as it is written, ``on_step`` how far it is after each step.
+    A ``stop`` that is asked ends the run between two steps, saved. ``storage_options`` are for the URLs among
+    the slides and are written nowhere. Raises PreemptedError for a stop (with ranks under Ray Train also
+    after a SIGTERM to one of them), ArchiveError for an empty split, InputError, ClusterError or SlideError
+    for what cannot run here (before anything starts), CheckpointError for a run folder of another
+    configuration, TargetExistsError for a folder that is no run, SlideError for a slide
     that cannot be read, or, where the configuration leaves these out, BadImagesError for too many of them.
     """
     cluster = cluster or ClusterConfig()
@@ -79,6 +80,9 @@ def train(
     check_world(config.trainer.batch_size, cluster.world_size)
     job = _job(archive, run, config, cluster, StorageOptions.of(storage_options))
     start_step = _start_step(run, job)
+    device = _device(cluster)
+    if start_step < job.plan.num_steps:
+        look_at(job)
     loggers = make_loggers(cluster.loggers)
     if cluster.executor == "ray":
         from ats_stream.workers.cluster import fit_with_ray, ray_cluster
@@ -93,7 +97,7 @@ def train(
             with _logged(loggers, job, on_record) as listen:
                 fit_with_ray(job, run, listen, on_step, stop)
     else:
-        alone = Alone(_device(cluster), stop)
+        alone = Alone(device, stop)
         _prepare(run, job, start_step)
         with _logged(loggers, job, on_record) as listen:
             train_rank(job, alone, listen, on_step)
@@ -182,7 +186,8 @@ def _prepare(run: Path, job: TrainJob, start_step: int) -> None:
 
 
 def _device(cluster: ClusterConfig) -> torch.device:
-    if not cluster.use_gpu:
+    """Where this process trains; with ranks of their own it does not."""
+    if not cluster.use_gpu or cluster.executor == "ray":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("--gpu was given, but torch sees no GPU here")

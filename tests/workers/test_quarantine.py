@@ -265,8 +265,8 @@ def test_a_validation_of_bad_images_alone_has_no_numbers(archive: Archive, tmp_p
 
 def test_the_policy_may_change_when_a_run_is_taken_up(archive: Archive, tmp_path: Path) -> None:
     config = with_policy("fail")
-    broken = without_slides(archive, tmp_path, (8,))
-    with pytest.raises(SlideError, match="gone-8"):
+    broken = without_slides(archive, tmp_path, (9,))  # which is not looked at before the start
+    with pytest.raises(SlideError, match="gone-9"):
         train(broken, tmp_path / "run", config)
     changed = dataclasses.replace(with_policy("skip").trainer, lr=1.0)
     with pytest.raises(CheckpointError, match="trainer: lr was"):
