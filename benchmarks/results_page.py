@@ -24,6 +24,7 @@ TITLES = {
     "kernels_cpu": ("Gathering patches on the CPU", "python benchmarks/kernels.py"),
     "kernels_cuda": ("Kernels on a device", "python benchmarks/kernels.py --device cuda"),
     "plateau": ("What shortens the plateau of training", "python benchmarks/plateau.py"),
+    "predict": ("Prediction and its report", "python benchmarks/predict.py"),
     "read": ("Reading patches", "python benchmarks/read.py"),
     "sampling": ("Drawing on the CPU", "python benchmarks/sampling.py"),
     "stream": ("The stream of items", "python benchmarks/stream.py"),
