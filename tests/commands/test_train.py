@@ -233,6 +233,34 @@ def test_ranks_must_divide_the_batch_and_a_cluster_must_answer(table: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_an_image_that_cannot_be_read_ends_the_run_or_is_left_out(
+    table: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "bad.ome.zarr").mkdir()
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    first = next(row for row in rows if row["split"] == "train")
+    for row in rows:
+        row["slide"] = str(tmp_path / "bad.ome.zarr" if row is first else table.parent / row["slide"])
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    asked = ("train", tmp_path / "t.csv", "--out", tmp_path / "run", *QUICK)
+    failed = run(*asked)
+    assert failed.code == 2
+    assert failed.complaint.startswith(f"ats-stream: error: {tmp_path}/bad.ome.zarr: ")
+    assert not (tmp_path / "run").exists()
+    failed = run(*asked, "--on-bad-image", "skip")
+    assert failed.code == 2
+    assert "1 of 6 images cannot be read, more than 0.05 of them may: " in failed.err
+    done = run(*asked, "--on-bad-image", "skip", "--max-bad", "0.2")
+    assert (done.code, done.err) == (0, "")
+    told = [line for line in done.out.splitlines() if line.startswith("left out, cannot be read: ")]
+    assert len(told) == 1
+    assert f"{tmp_path}/bad.ome.zarr: " in told[0]
+    assert ", 1 image left out; " in done.out.splitlines()[-1]
+
+
 def test_a_full_disk_at_a_checkpoint(
     table: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
