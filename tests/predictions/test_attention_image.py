@@ -75,8 +75,8 @@ def test_ome_zarr_py_reads_the_same_values(image: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_napari_reads_the_same_values(image: Path) -> None:
-    napari_ome_zarr = pytest.importorskip("napari_ome_zarr", reason="napari-ome-zarr is not installed")
-    ((data, metadata, kind),) = napari_ome_zarr._reader.napari_get_reader(str(image))(str(image))
+    reader = pytest.importorskip("napari_ome_zarr._reader", reason="napari-ome-zarr is not installed")
+    ((data, metadata, kind),) = reader.napari_get_reader(str(image))(str(image))
     assert kind == "image"
     np.testing.assert_array_equal(np.asarray(data[0])[0], attention())
     assert metadata["scale"] == [8.0, 3.875]
