@@ -58,7 +58,9 @@ def ray_cluster(config: ClusterConfig, *, cpus_needed: float, gpus_needed: float
     elif config.address:
         _check_answers(config.address)
     try:
-        _check_resources(cpus_needed, gpus_needed)
+        # that of the fewest ranks is enough to begin with
+        share = config.least_ranks / config.num_ranks
+        _check_resources(share * cpus_needed, share * gpus_needed)
         yield
     finally:
         if owned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 from ats_stream.demo.digits import DigitsConfig, build_archive
 from ats_stream.io import open_pyramid
+from ats_stream.workers.checkpoint import latest_step
+from ats_stream.workers.ledger import read_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).absolute().with_name("ray")
 START_TIMEOUT_S = 120
-JOB_TIMEOUT_S = 150
+JOB_TIMEOUT_S = 240
 DIGITS = DigitsConfig(
     num_train=4, num_val=2, num_test=2, classes=(0, 1), num_matching=2, num_clutter=2, side_px=1024
 )
@@ -169,6 +172,40 @@ def test_train_and_predict(submit: Callable[..., Done], digits: Any, tmp_path: P
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
     assert all(abs(float(row["p_0"]) + float(row["p_1"]) - 1) < 1e-5 for row in rows)
+
+
+@pytest.mark.timeout(900)
+def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
+    address: str, submit: Callable[..., Done], digits: Any, tmp_path: Path
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    table, run = build_archive(tmp_path / "archive", digits, DIGITS), tmp_path / "run"
+    quick = ("--patches", "4", "--patch-px", "32", "--prior", "foreground", "--batch-size", "4")
+    words = ("jobs/train.py", table, "--out", run, "--ranks", "2", "--epochs", "20", *quick)
+    client = JobSubmissionClient(address)
+    name = client.submit_job(
+        entrypoint=shlex.join(["python", *map(str, words)]), runtime_env={"working_dir": str(ROOT)}
+    )
+    wait_until(lambda: latest_step(run) > 0 or client.get_job_status(name).is_terminal())
+    client.stop_job(name)  # SIGTERM, and SIGKILL to what is there 3 s later
+    wait_until(lambda: client.get_job_status(name).is_terminal())
+    assert client.get_job_status(name) == JobStatus.STOPPED, client.get_job_logs(name)
+    first = latest_step(run)
+    assert 0 < first < 20
+
+    done = submit(*words)
+    result(done)
+    assert f"going on from {run}/checkpoints/step-{first:08d}.pt" in done.lines
+    visits = [(r.step, r.image) for r in read_ledger(run)]
+    assert sorted(visits) == [(step, image) for step in range(20) for image in range(4)]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + JOB_TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
 
 
 def test_a_job_with_wrong_input_fails_with_one_line(submit: Callable[..., Done], tmp_path: Path) -> None:

@@ -111,11 +111,12 @@ def _workers(node: Any, name: str) -> list[psutil.Process]:
 
 
 class Run:
-    """The command, running; its output is read line by line."""
+    """The command, running, on a Ray of its own without nodes; its output is read line by line."""
 
-    def __init__(self, nodes: Nodes, table: Path, out: Path, *options: str) -> None:
-        where = ("--executor", "ray", "--address", nodes.address, "--cpus-per-sampler", str(CPUS_PER_SAMPLER))
-        words = ["train", str(table), "--out", str(out), *OPTIONS, *where, *options]
+    def __init__(self, nodes: Nodes | None, table: Path, out: Path, *options: str) -> None:
+        where = () if nodes is None else ("--address", nodes.address)
+        ray = ("--executor", "ray", "--cpus-per-sampler", str(CPUS_PER_SAMPLER), *where)
+        words = ["train", str(table), "--out", str(out), *OPTIONS, *ray, *options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ats_stream.cli", *words],
             env={**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **PACE},

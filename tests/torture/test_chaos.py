@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 from chaos import (
+    DEADLINE_S,
     NUM_STEPS,
     OPTIONS,
     RANK,
@@ -165,6 +167,25 @@ def test_an_accident_at_a_random_moment_changes_no_bit(
     else:
         train(nodes, table, tmp_path / "run", *TWO_APART, accidents={epoch: accident})
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(NUM_TORTURE_SEEDS))
+def test_a_killed_command_takes_the_ray_that_it_started_with_it(
+    table: Path, tmp_path: Path, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    run = Run(None, table, tmp_path / "run", *TWO)
+    run.wait_for_epoch(int(rng.integers(1, 6)))
+    run.wait_a_moment(0.6 * float(rng.random()))
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    assert "raylet" in {process.name() for process in children}
+    run.kill()
+    _, left = psutil.wait_procs(children, timeout=DEADLINE_S)
+    assert [process.name() for process in left] == []
+    again = Run(None, table, tmp_path / "run", *TWO)
+    assert again.end() == 0, again.text
+    assert_each_visit_once(tmp_path / "run")
 
 
 @pytest.mark.torture

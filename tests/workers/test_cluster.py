@@ -172,6 +172,14 @@ def test_a_cluster_too_small_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     with ray_cluster(TWO_RANKS, cpus_needed=1):
         pass
+    fewer = dataclasses.replace(TWO_RANKS, min_ranks=1, max_failures=1)
+    with ray_cluster(fewer, cpus_needed=8):  # there are 4, enough for one of two ranks
+        pass
+    with (
+        pytest.raises(ClusterError, match=r"has 4 CPUs, the run needs 4\.5"),
+        ray_cluster(fewer, cpus_needed=9),
+    ):
+        pass
     assert ray_local.is_initialized()  # a cluster that was there before stays
 
 
