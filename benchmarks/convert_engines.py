@@ -62,6 +62,8 @@ class Engine:
 class AtsStream(Engine):
     """The package with a profile."""
 
+    warm_up_px = WARM_UP_PX
+
     def __init__(self, source: str, target: str, profile: str, num_threads: int | None = None) -> None:
         super().__init__(source, target)
         from ats_stream.io import ConvertConfig, convert, write_pyramid
@@ -74,7 +76,7 @@ class AtsStream(Engine):
         """Convert something small, which imports and compiles what is needed on first use."""
         import tifffile
 
-        side = np.arange(WARM_UP_PX) // 8
+        side = np.arange(self.warm_up_px) // 8
         ramps = [side[:, None] + side, side[:, None] - side, side[:, None] * side]
         pixels = np.stack(ramps, axis=-1).astype(np.uint8)
         with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +100,8 @@ class AtsStream(Engine):
 
 class Pass(AtsStream):
     """Tiles copied as they are."""
+
+    warm_up_px = 1024  # nothing compiled is at work, and what a larger picture leaves behind counts as memory
 
     def __init__(self, source: str, target: str) -> None:
         super().__init__(source, target, "pass")

@@ -17,8 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 TITLES = {
-    "convert_8192": ("Conversion, decoded and stored anew", "python benchmarks/convert.py"),
-    "convert_pass": ("Conversion, JPEG tiles copied", "python benchmarks/convert.py"),
+    "convert": ("Conversion", "python benchmarks/convert.py"),
     "demo": ("The demo", "python benchmarks/demo.py"),
     "estimators": ("Variance and gradient error of the estimators", "python benchmarks/estimators.py"),
     "kernels_cpu": ("Gathering patches on the CPU", "python benchmarks/kernels.py"),

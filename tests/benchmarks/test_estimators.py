@@ -27,6 +27,7 @@ def test_stale_logits_are_at_the_distance_asked_for():
     assert float((a_M * (a_M / q_M).log()).sum()) == pytest.approx(0.156, abs=1e-6)
 
 
+@pytest.mark.torture
 def test_estimators_share_what_they_must():
     generator = torch.Generator().manual_seed(2)
     num_positions = math.prod(estimators.MAP_SHAPE)

@@ -28,7 +28,7 @@ def test_patches_can_be_drawn_only_where_pixels_are_stored(tmp_path: Path) -> No
     np.testing.assert_array_equal(mask, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_small_version_runs_and_holds_its_targets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def test_the_same_seed_is_the_same_run_and_lag_and_window_never_hurt() -> None:
     assert rows[3]["efficiency"] <= rows[2]["efficiency"] + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_measuring_predicting_and_running_once(digits: Any, tmp_path: Path, ray_local: ModuleType) -> None:
     found: Any = run(QUICK, digits, tmp_path)
     times = Times(**found["times"])

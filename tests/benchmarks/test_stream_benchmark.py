@@ -63,6 +63,7 @@ def test_growing_images_are_stored_where_patches_are_drawn(tmp_path: Path) -> No
     assert int((pyramid.label(SPOTS).read(0) > 0).sum()) == 64
 
 
+@pytest.mark.torture
 def test_images_of_any_size_cost_the_same_chunks(tmp_path: Path) -> None:
     size = stream.QUICK
     found = stream.size_case(tmp_path, size)
@@ -75,7 +76,7 @@ def test_images_of_any_size_cost_the_same_chunks(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_engines_take_the_same_items(ray_local: ModuleType) -> None:
     work = stream.Work(
         config=SamplerConfig(num_patches=2, patch_px=32), address=ray_local.get_runtime_context().gcs_address

@@ -38,7 +38,7 @@ def test_both_baselines_have_the_same_gradient(place: str) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_contestants_make_steps_and_are_judged(place: str) -> None:
     few = (train.OURS, train.WHOLE)
     found = train.run_case(place, dataclasses.replace(train.QUICK, steps=1), few)

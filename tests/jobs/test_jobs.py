@@ -175,6 +175,7 @@ def test_train_and_predict(submit: Callable[..., Done], digits: Any, tmp_path: P
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.torture
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     address: str, submit: Callable[..., Done], digits: Any, tmp_path: Path
 ) -> None:
