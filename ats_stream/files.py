@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from ats_stream.errors import StorageError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` through a temporary file beside it: readers see the old file or the new one.
 
-    Missing parent folders are made. Raises StorageError, and leaves no temporary file, when the disk refuses.
+@contextmanager
+def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well: readers see the old or the new one.
+
+    It is made beside its place, missing parent folders too. Raises StorageError when the disk refuses; after
+    any error no temporary file is left.
     """
     target = Path(path)
     try:
@@ -24,7 +31,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -33,7 +40,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
         raise StorageError(f"{target}: cannot be written: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return target
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write `data` to `path` as :func:`open_atomic` does."""
+    with open_atomic(path) as stream:
+        stream.write(data)
+    return Path(path)
 
 
 def sha256_of(data: bytes) -> str:
@@ -46,7 +59,7 @@ def sha256_of(data: bytes) -> str:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _umask() -> int:

@@ -7,8 +7,8 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-from ats_stream.errors import InputError, StorageError
-from ats_stream.files import write_atomic
+from ats_stream.errors import InputError
+from ats_stream.files import open_atomic, write_atomic
 from ats_stream.predictions.record import Patches, PredictionInfo, SlideRecord
 
 if TYPE_CHECKING:
@@ -36,19 +36,13 @@ def write_parquet(path: Path, info: PredictionInfo, records: Iterable[SlideRecor
     import pyarrow.parquet
 
     schema = _schema(info)
-    # whole or not at all: made beside its place
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for batch in _batches(records):
-                rows = [_row(info, record) for record in batch]
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        open_atomic(path) as file,
+        pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for batch in _batches(records):
+            rows = [_row(info, record) for record in batch]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
     return path
 
 

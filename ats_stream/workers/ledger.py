@@ -16,10 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from ats_stream.errors import InputError, StorageError
+from ats_stream.workers.ranks import collect_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -158,13 +156,12 @@ class Ledger:
 
     def flush(self) -> None:
         """Write what was noted since the last time; all ranks together. StorageError if the disk refuses."""
-        lines = "".join(record.to_json() + "\n" for record in self._noted).encode()
+        lines = collect_lines(self._ranks, (record.to_json() for record in self._noted))
         self._noted = []
-        of_all = self._ranks.collect(torch.from_numpy(np.frombuffer(bytearray(lines), np.uint8)))
-        if self._ranks.rank or not len(of_all):
+        if self._ranks.rank or not lines:
             return
         # each rank's lines rise with the steps, and the sort is stable: the plan's order
-        in_order = sorted(of_all.numpy().tobytes().splitlines(keepends=True), key=_place)
+        in_order = sorted(lines, key=_place)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:

@@ -19,6 +19,7 @@ from ats_stream.errors import BadImagesError
 from ats_stream.io.remote import shown
 from ats_stream.sampling import draw
 from ats_stream.workers.protocol import Item
+from ats_stream.workers.ranks import collect_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -113,9 +114,7 @@ class Quarantine:
     def add(self, items: Sequence[Item]) -> None:
         """Take in what the ranks, all together, found to be bad; BadImagesError when these are too many."""
         found = [asdict(BadImage(i.visit.image, i.slide, str(i.bad))) for i in items]
-        lines = "".join(json.dumps(one) + "\n" for one in found).encode()
-        of_all = self._ranks.collect(torch.from_numpy(np.frombuffer(bytearray(lines), np.uint8)))
-        for line in of_all.numpy().tobytes().splitlines():
+        for line in collect_lines(self._ranks, map(json.dumps, found)):
             one = BadImage(**json.loads(line))
             if one.image not in self.images:
                 self.images[one.image] = one

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from ats_stream.workers.preemption import StopRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
     from ats_stream.models import PatchClassifier
@@ -73,3 +76,16 @@ class Alone:
     def must_stop(self) -> bool:
         """Whether this process was asked to."""
         return self.stop.asked
+
+
+def collect_lines(ranks: Ranks, texts: Iterable[str]) -> list[bytes]:
+    """The lines of all ranks, each ended, in the order of the ranks; all ranks ask together.
+
+    ``texts`` are this rank's, without ends of lines in them.
+
+    >>> collect_lines(Alone(), ["a", "b"])
+    [b'a\\n', b'b\\n']
+    """
+    lines = "".join(f"{text}\n" for text in texts).encode()
+    of_all = ranks.collect(torch.from_numpy(np.frombuffer(bytearray(lines), np.uint8)))
+    return of_all.numpy().tobytes().splitlines(keepends=True)
