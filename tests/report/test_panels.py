@@ -112,7 +112,7 @@ def test_each_task_has_its_panels(task: str) -> None:
 @pytest.mark.parametrize("task", OUTPUTS)
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_few_images_are_no_trouble(task: str, num: int) -> None:
-    sections(task, records(task)[:num])
+    assert headings(sections(task, records(task)[:num]))[0] == "Predictions"
 
 
 def test_merits_of_classes_are_their_definitions() -> None:
