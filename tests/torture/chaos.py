@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ OPTIONS = (
 RANK, SAMPLER, CONTROLLER = "ray::RayTrainWorker", "ray::SamplerActor", "ray::TrainController"
 CPUS_PER_SAMPLER = 0.25
 DEADLINE_S = 120.0
+POLL_S = 0.05
+PAUSE = threading.Event()  # never set
 RUN_TIMEOUT_S = 400.0
 # a node that is gone is noticed within 2 s instead of 15
 FAST_DEATH = {
@@ -85,8 +89,17 @@ class Nodes:
         found = [p for node in [self._cluster.head_node, *self._nodes] for p in _workers(node, name)]
         return sorted(found, key=lambda process: process.pid)
 
+    def running(self, name: str, number: int = 2) -> list[psutil.Process]:
+        """Wait until so many processes run an actor; after a kill its successors take a while to start."""
+        deadline = time.monotonic() + DEADLINE_S
+        while len(found := self.workers(name)) < number:
+            assert time.monotonic() < deadline, f"{len(found)} of {number} {name} run after {DEADLINE_S:g} s"
+            PAUSE.wait(POLL_S)
+        return found
+
     def place_of(self, name: str) -> int:
-        """Number of the first node on which the actor runs."""
+        """Number of the first node on which the actor runs, once it does."""
+        self.running(name)
         return next(number for number, node in enumerate(self._nodes) if _workers(node, name))
 
     def wait_until_idle(self) -> None:

@@ -91,11 +91,11 @@ def test_a_run_goes_on_with_the_node_that_is_left(
 
 
 def kill_sampler(nodes: Nodes, rng: np.random.Generator) -> None:
-    kill([nodes.workers(SAMPLER)[rng.integers(2)]])
+    kill([nodes.running(SAMPLER)[rng.integers(2)]])
 
 
 def kill_samplers(nodes: Nodes, _rng: np.random.Generator) -> None:
-    kill(nodes.workers(SAMPLER))
+    kill(nodes.running(SAMPLER))
 
 
 def kill_sampler_node(nodes: Nodes, _rng: np.random.Generator) -> None:
@@ -104,7 +104,7 @@ def kill_sampler_node(nodes: Nodes, _rng: np.random.Generator) -> None:
 
 
 def kill_rank(nodes: Nodes, rng: np.random.Generator) -> None:
-    kill([nodes.workers(RANK)[rng.integers(2)]])
+    kill([nodes.running(RANK)[rng.integers(2)]])
 
 
 def kill_rank_node(nodes: Nodes, _rng: np.random.Generator) -> None:
