@@ -60,7 +60,7 @@ def add_storage_options(parser: argparse.ArgumentParser) -> None:
 
 def storage_options_from(arguments: argparse.Namespace) -> StorageOptions:
     """The options for images behind URLs; InputError, without their values, if they cannot be understood."""
-    from ats_stream.io.storage_options import parse_storage_options
+    from ats_stream.io.storage.storage_options import parse_storage_options
 
     return parse_storage_options(arguments.storage_options)
 

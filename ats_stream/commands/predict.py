@@ -220,7 +220,7 @@ def _rows(
     from ats_stream.errors import InputError, MissingFileError
     from ats_stream.io import ArchiveRow
     from ats_stream.io.archive import is_table
-    from ats_stream.io.remote import has_login
+    from ats_stream.io.storage.remote import has_login
 
     tables = [place for place in arguments.inputs if is_table(place)]
     if tables:

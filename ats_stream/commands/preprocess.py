@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Convert the slides, one line each."""
     from ats_stream.commands.options import check_out, config_from, storage_options_from
     from ats_stream.io import ConvertConfig, is_done, preprocess, target_path
-    from ats_stream.io.convert_inputs import expand_inputs, pixel_sizes
+    from ats_stream.io.conversion.inputs import expand_inputs, pixel_sizes
 
     if "://" not in arguments.out:
         check_out(Path(arguments.out), empty=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from ats_stream.io.verify_report import Finding
+    from ats_stream.io.verification.report import Finding
 
 GROUP_FILES = ("zarr.json", ".zgroup", ".zattrs")
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _printer(target: str) -> Any:
-    from ats_stream.io.remote import shown
+    from ats_stream.io.storage.remote import shown
 
     place = (shown(target) if "://" in target else target).rstrip("/")
 

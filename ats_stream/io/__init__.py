@@ -1,22 +1,22 @@
 """Pyramids, slides and archive tables: reading patches of gigapixel images, and writing OME-Zarr."""
 
 from ats_stream.io.archive import Archive, ArchiveRow, read_archive, write_archive
-from ats_stream.io.convert import convert, is_done, preprocess, target_path, write_pyramid
-from ats_stream.io.convert_config import PROFILES, ConvertConfig, ConvertFailure, ConvertSummary
-from ats_stream.io.convert_plan import working_memory_bytes
+from ats_stream.io.conversion.config import PROFILES, ConvertConfig, ConvertFailure, ConvertSummary
+from ats_stream.io.conversion.convert import convert, is_done, preprocess, target_path, write_pyramid
+from ats_stream.io.conversion.plan import working_memory_bytes
+from ats_stream.io.conversion.slides import open_slide
+from ats_stream.io.conversion.writer import PyramidWriter
 from ats_stream.io.fetch import ReadStats
 from ats_stream.io.ngff import Channel
 from ats_stream.io.opening import open_pyramid
 from ats_stream.io.plan import PatchPlan, plan_patches
 from ats_stream.io.pyramid import Pyramid, read_batch
 from ats_stream.io.pyramid_info import Level
-from ats_stream.io.slides import open_slide
-from ats_stream.io.storage_options import StorageOptions
+from ats_stream.io.storage.storage_options import StorageOptions
 from ats_stream.io.tissue import tissue_mask
-from ats_stream.io.verify import verify
-from ats_stream.io.verify_report import Finding, Report
+from ats_stream.io.verification.report import Finding, Report
+from ats_stream.io.verification.verify import verify
 from ats_stream.io.views import VIEW_CACHE_BYTES
-from ats_stream.io.writer import PyramidWriter
 
 __all__ = [
     "PROFILES",

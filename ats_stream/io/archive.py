@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ats_stream.errors import ArchiveError, TargetExistsError
 from ats_stream.files import write_atomic
-from ats_stream.io.remote import has_login
+from ats_stream.io.storage.remote import has_login
 
 COLUMNS = ("slide", "label", "split")
 HEADER_LINE = 1

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ats_stream.errors import InputError
 from ats_stream.io import ngff
+from ats_stream.io.formats.parts import box_of
 from ats_stream.io.layout import check_bounds
-from ats_stream.io.parts import box_of
 from ats_stream.io.pyramid import Pyramid
 from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
 from ats_stream.io.sources import ArraySource, ChunkError, ChunkSource, RawChunk

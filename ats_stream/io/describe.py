@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ats_stream.io.documents import MAX_JSON_BYTES
 from ats_stream.io.omezarr import ARRAY_FILES
-from ats_stream.io.retry import with_retries
 from ats_stream.io.sources import StoreSource
-from ats_stream.io.store_error import StoreError
+from ats_stream.io.storage.documents import MAX_JSON_BYTES
+from ats_stream.io.storage.retry import with_retries
+from ats_stream.io.storage.store_error import StoreError
 from ats_stream.io.zarr_source import ZarrSource
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.image_header import JPEG_END, jpeg_size
+from ats_stream.io.formats.image_header import JPEG_END, jpeg_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

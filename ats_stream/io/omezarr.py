@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ats_stream.io import ngff
 from ats_stream.io.axis_map import AxisMap
-from ats_stream.io.documents import Metadata, attributes_of, is_inside
 from ats_stream.io.layout import parse_array_json
 from ats_stream.io.layout_v2 import parse_array_v2
 from ats_stream.io.pyramid import Pyramid
 from ats_stream.io.pyramid_info import Level, PyramidInfo, axis_downsample
 from ats_stream.io.sources import ChunkSource, StoreSource
-from ats_stream.io.store_error import StoreError
+from ats_stream.io.storage.documents import Metadata, attributes_of, is_inside
+from ats_stream.io.storage.store_error import StoreError
 from ats_stream.io.stored_pictures import StoredPictures
 from ats_stream.io.zarr_source import ZarrSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ats_stream.io.stores import Store
+    from ats_stream.io.storage.stores import Store
 
 MAX_AXES = 8
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io.omezarr import open_image
-from ats_stream.io.store_error import StoreError
-from ats_stream.io.stores import LocalStore
-from ats_stream.io.zip_store import ZipStore
+from ats_stream.io.storage.store_error import StoreError
+from ats_stream.io.storage.stores import LocalStore
+from ats_stream.io.storage.zip_store import ZipStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ats_stream.io.pyramid import Pyramid
-    from ats_stream.io.stores import Store
+    from ats_stream.io.storage.stores import Store
 
 
 def open_pyramid(
@@ -63,7 +63,7 @@ def open_pyramid(
     text = os.fspath(source)
     is_file = "://" not in text and Path(text).is_file() and not _is_zip(text)
     if is_file and not storage_options:
-        from ats_stream.io.slide_pyramid import open_file
+        from ats_stream.io.formats.slide_pyramid import open_file
 
         return open_file(Path(text), cache_bytes=cache_bytes, num_threads=num_threads)
     return open_inside(open_store(text, storage_options), "", **options)
@@ -101,7 +101,7 @@ def open_inside(store: Store, prefix: str, *, cache_bytes: int, num_threads: int
 
 def _remote_store(url: str, storage_options: Mapping[str, Any] | None) -> Store:
     """The store of a URL; one that ends in ``.zip`` is a zip file in it."""
-    from ats_stream.io.remote import ObjectStore, shown
+    from ats_stream.io.storage.remote import ObjectStore, shown
 
     outer, _, name = url.rstrip("/").rpartition("/")
     is_zip = _is_zip(name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ats_stream.io.ngff import Channel
     from ats_stream.io.pyramid_info import Level, PyramidInfo
     from ats_stream.io.sources import ChunkSource
-    from ats_stream.io.stores import Store
+    from ats_stream.io.storage.stores import Store
 
 Array = npt.NDArray[Any]
 # pixels of a level that a thumbnail holds at once

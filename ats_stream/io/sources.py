@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.retry import with_retries
 from ats_stream.io.shard import ABSENT, check_index, index_nbytes, parse_index
-from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError
-from ats_stream.io.stores import OPEN_FLAGS as OPEN_FLAGS
-from ats_stream.io.stores import LocalBlob
+from ats_stream.io.storage.retry import with_retries
+from ats_stream.io.storage.store_error import MissingKeyError, StoreError, TransientError
+from ats_stream.io.storage.stores import OPEN_FLAGS as OPEN_FLAGS
+from ats_stream.io.storage.stores import LocalBlob
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ats_stream.io.axis_map import AxisMap
     from ats_stream.io.layout import ArrayLayout
-    from ats_stream.io.stores import Blob, Store
+    from ats_stream.io.storage.stores import Blob, Store
 
 Array = npt.NDArray[Any]
 Place = tuple[int, ...]

@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from ats_stream.errors import SlideError
 from ats_stream.io import ngff
-from ats_stream.io.documents import Metadata, attributes_of, is_inside
-from ats_stream.io.parts import check_picture_size
-from ats_stream.io.store_error import DeniedError, StoreError
+from ats_stream.io.formats.parts import check_picture_size
+from ats_stream.io.storage.documents import Metadata, attributes_of, is_inside
+from ats_stream.io.storage.store_error import DeniedError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ats_stream.io.stores import Store
+    from ats_stream.io.storage.stores import Store
 
 Array = npt.NDArray[Any]
 FOLDER = "associated/"

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ats_stream.io.sources import StoreSource
-from ats_stream.io.store_error import StoreError
-from ats_stream.io.stores import local_stamp
+from ats_stream.io.storage.store_error import StoreError
+from ats_stream.io.storage.stores import local_stamp
 from ats_stream.io.zarr_source import ZarrSource
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from ats_stream.io.layout import check_bounds
 from ats_stream.io.sources import ChunkError, RawChunk
-from ats_stream.io.store_error import StoreError
+from ats_stream.io.storage.store_error import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
     from ats_stream.io.axis_map import AxisMap
     from ats_stream.io.sources import Place
-    from ats_stream.io.stores import Store
+    from ats_stream.io.storage.stores import Store
 
 Array = npt.NDArray[Any]
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class ZarrSource:
 def _open_zarr(store: Store, prefix: str) -> Any:
     import zarr
 
-    from ats_stream.io.zarr_store import ZarrStore
+    from ats_stream.io.storage.zarr_store import ZarrStore
 
     try:
         array = zarr.open_array(ZarrStore(store), path=prefix.rstrip("/"), mode="r")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ats_stream.io import open_pyramid
-from ats_stream.io.documents import Metadata, attributes_of
 from ats_stream.io.ngff import parse_image, pixel_size_um
 from ats_stream.io.opening import open_store
 from ats_stream.io.pyramid_info import axis_downsample
+from ats_stream.io.storage.documents import Metadata, attributes_of
 from ats_stream.report.colour import colour_map
 from ats_stream.viewer.display import PALETTE
 from ats_stream.viewer.image import TiledImage, encoded

@@ -97,7 +97,7 @@ def _as_shown(place: str) -> str:
     """Without login and query, as tables have URLs."""
     if "://" not in place:
         return place.rstrip("/")
-    from ats_stream.io.remote import shown
+    from ats_stream.io.storage.remote import shown
 
     return shown(place).rstrip("/")
 

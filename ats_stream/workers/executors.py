@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ats_stream.errors import AtsStreamError, ClusterError, InputError
 from ats_stream.io import StorageOptions
-from ats_stream.io.remote import shown
+from ats_stream.io.storage.remote import shown
 from ats_stream.workers.hedging import DEFAULT_HEDGE_AFTER_S, Patience
 from ats_stream.workers.sampler import PatchSampler
 

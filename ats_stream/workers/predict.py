@@ -18,7 +18,7 @@ import torch
 
 from ats_stream.errors import CheckpointError, InputError, SlideError
 from ats_stream.io import StorageOptions
-from ats_stream.io.remote import shown
+from ats_stream.io.storage.remote import shown
 from ats_stream.models import PatchClassifier
 from ats_stream.predictions.record import Patches, PredictionInfo, SlideRecord, standard_error
 from ats_stream.workers.batch import collate, log_prior_of, tensor_of

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ats_stream.errors import BadImagesError
-from ats_stream.io.remote import shown
+from ats_stream.io.storage.remote import shown
 from ats_stream.sampling import draw
 from ats_stream.workers.protocol import Item
 from ats_stream.workers.ranks import collect_lines

@@ -18,7 +18,7 @@ import torch
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io import VIEW_CACHE_BYTES, StorageOptions
-from ats_stream.io.remote import shown
+from ats_stream.io.storage.remote import shown
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
 from ats_stream.workers.batch import log_prior_of, tensor_of

@@ -121,7 +121,7 @@ def test_a_disk_that_refuses_ends_it_with_the_file_and_the_reason(
     def write_parts(path: Path, parts: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("ats_stream.io.array_writer.write_parts", write_parts)
+    monkeypatch.setattr("ats_stream.io.conversion.array_writer.write_parts", write_parts)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     failed = run("preprocess", tmp_path / "a.png", "--out", tmp_path / "out")
     assert failed.code == 1

@@ -16,10 +16,10 @@ from ats_stream.io import PyramidWriter, open_pyramid, read_batch
 from ats_stream.io.gather import GatherConfig
 from ats_stream.io.opening import open_inside
 from ats_stream.io.plan import coalesce
-from ats_stream.io.retry import RetryPolicy, with_retries
 from ats_stream.io.shard import index_nbytes
-from ats_stream.io.store_error import MissingKeyError, StoreError, TransientError
-from ats_stream.io.stores import LocalStore
+from ats_stream.io.storage.retry import RetryPolicy, with_retries
+from ats_stream.io.storage.store_error import MissingKeyError, StoreError, TransientError
+from ats_stream.io.storage.stores import LocalStore
 
 CHUNK, SHARD, SIDE = 16, 64, 192
 GRID = (1, 4, 4)

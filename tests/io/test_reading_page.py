@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ats_stream.io import (
-    PyramidWriter,
-    client_options,
-    documents,
-    gather,
-    layout,
-    open_pyramid,
-    reader,
-    remote,
-    retry,
-    zip_store,
-)
+from ats_stream.io import PyramidWriter, gather, layout, open_pyramid, reader
+from ats_stream.io.storage import client_options, documents, remote, retry, zip_store
 
 if TYPE_CHECKING:
     import pytest

@@ -12,7 +12,8 @@ import pytest
 
 from ats_stream.cli import main
 from ats_stream.errors import InputError, SlideError
-from ats_stream.io import PyramidWriter, open_pyramid, parts
+from ats_stream.io import PyramidWriter, open_pyramid
+from ats_stream.io.formats import parts
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import pytest
 
 from ats_stream.errors import SlideError
 from ats_stream.io import ConvertConfig, convert, open_pyramid, tissue_mask, write_pyramid
-from ats_stream.io.manifest import read_manifest
+from ats_stream.io.conversion.manifest import read_manifest
 from ats_stream.io.tissue_method import find_method, method_name
 
 METHODS = """

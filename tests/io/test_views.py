@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ats_stream.errors import SlideError
-from ats_stream.io import Pyramid, PyramidWriter, ngff, open_pyramid, stores, views
+from ats_stream.io import Pyramid, PyramidWriter, ngff, open_pyramid, views
+from ats_stream.io.storage import stores
 from ats_stream.io.views import VIEWS, ViewCache
 from ats_stream.io.zarr_source import ZarrSource
 

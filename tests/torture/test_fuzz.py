@@ -31,7 +31,7 @@ from ats_stream.io import Level, Pyramid, PyramidWriter, ngff, open_pyramid
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.opening import open_inside
 from ats_stream.io.shard import index_nbytes
-from ats_stream.io.stores import LocalStore
+from ats_stream.io.storage.stores import LocalStore
 
 STORES = ("zstd", "raw", "checked", "gzip", "v2")
 CHUNK, SHARD = 32, 64

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny import MODEL, SAMPLER, assert_same_item, make_sampler, table, visit, weights
 
 from ats_stream.errors import SlideError
-from ats_stream.io import PyramidWriter, open_pyramid, stores
+from ats_stream.io import PyramidWriter, open_pyramid
+from ats_stream.io.storage import stores
 from ats_stream.io.views import VIEWS
 from ats_stream.sampling import SCHEMES, draw
 from ats_stream.workers import PatchSampler, SamplerConfig

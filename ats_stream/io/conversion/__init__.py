@@ -1,0 +1,1 @@
+"""Writing pyramids: from slides, stores and arrays to OME-Zarr, planned, resumable, by many workers."""

@@ -1,0 +1,1 @@
+"""Verifying that a store is whole: bytes, structure, pixels, and likeness to its source."""
