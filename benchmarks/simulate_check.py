@@ -35,9 +35,10 @@ from ats_stream.models import ModelConfig, PatchClassifier
 from ats_stream.workers import Plan, RunConfig, SamplerConfig, Stream, TrainerConfig
 from ats_stream.workers.cluster import ray_cluster
 from ats_stream.workers.config import ClusterConfig
-from ats_stream.workers.executors import RayExecutor, make_executor
+from ats_stream.workers.executors import make_executor
 from ats_stream.workers.learner import Learner
 from ats_stream.workers.ranks import Alone
+from ats_stream.workers.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from machine import mib, peak_bytes
 
 from ats_stream.models import ModelConfig, PatchClassifier
 from ats_stream.workers import AttentionWeights, Item, PatchSampler, Plan, SamplerConfig, Stream, Visit
-from ats_stream.workers.executors import RayExecutor
+from ats_stream.workers.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,14 +69,23 @@ class Canned:
         return replace(self._item, visit=visit, crops_NCPP=self._item.crops_NCPP.copy())
 
 
-class CannedActor:
-    """The calls of the package's sampler actors, answered by :class:`Canned`."""
+def canned_actor() -> Any:
+    """The package's sampler actor, whose items :class:`Canned` makes."""
+    import ray
 
-    def __init__(self, _model: ModelConfig, config: SamplerConfig, _storage_options: Any) -> None:
-        self._sampler = Canned(config)
+    from ats_stream.workers.actors import SamplerActor
 
-    def sample(self, visit: Visit, _slide: str, _label: int, _key: str, _weights: list[Any]) -> Item:
-        return self._sampler.sample(visit, None)
+    sampler: Any = SamplerActor
+
+    class CannedActor(sampler.__ray_metadata__.modified_class):  # type: ignore[misc]  # known to Ray alone
+        def __init__(self, model: ModelConfig, config: SamplerConfig, storage_options: Any) -> None:
+            super().__init__(model, config, storage_options)
+            self._canned = Canned(config)
+
+        def sample(self, visit: Visit, _weights: AttentionWeights) -> Item:
+            return self._canned.sample(visit, None)
+
+    return ray.remote(CannedActor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +197,7 @@ class AtsStream(OnRay):
             work.config,
             num_samplers=NUM_PRODUCERS,
             cpus_per_sampler=0.1,
-            actor=None if work.slides else self.ray.remote(CannedActor),
+            actor=None if work.slides else canned_actor(),
         )
         self._attention = PatchClassifier(MODEL).attention
 

@@ -7,6 +7,7 @@ as well in the training process as in an actor, and a lost call can be repeated.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # one thread whatever the process around it uses: the sums of a convolution then have one order everywhere
 SAMPLER_THREADS = 1
 MAX_OPEN_PYRAMIDS = 1024
+READING_LOCKS = 64
 PIXEL_TYPES = ("uint8", "uint16")
 
 
@@ -85,7 +87,7 @@ class View:
 
 
 class PatchSampler:
-    """Turn visits into items.
+    """Turn visits into items; safe between threads, of which one draws at a time.
 
     ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into.
     ``storage_options`` are for the URLs among the slides; the attention network and the draw run on
@@ -108,20 +110,30 @@ class PatchSampler:
         self.attention = AttentionNet(model).requires_grad_(False).to(self.device)
         self.num_channels = model.num_channels
         self._attention_key: str | None = None
+        self._drawing = threading.Lock()
+        # a stripe for each few images: what a visit reads is counted by image
+        self._reading = [threading.Lock() for _ in range(READING_LOCKS)]
         self._open = lru_cache(MAX_OPEN_PYRAMIDS)(StorageOptions.of(storage_options).open)
 
-    def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
+    def read_view(self, image: int) -> View:
+        """The low-resolution side of an image, which no weights are needed for; SlideError as in sample."""
+        pyramid = self._open(self.slides[image])
+        level, prior = check_image(pyramid, self.config, num_channels=self.num_channels)
+        return View(pyramid.view(level, cache_bytes=self.config.cache_bytes), prior)
+
+    def sample(self, visit: Visit, weights: AttentionWeights, view: View | None = None) -> Item:
         """One item; the same for the same visit and weights, whatever was sampled before.
 
-        Raises SlideError, naming the slide, if it cannot be read or has no drawable position.
+        ``view`` is what :meth:`read_view` gave for the image, if that was read already. Raises SlideError,
+        naming the slide, if it cannot be read or has no drawable position.
         """
         start_s = time.perf_counter()
-        self._load(weights)
         config, slide = self.config, self.slides[visit.image]
         pyramid = self._open(slide)
-        view = self._read_view(pyramid)
+        view = view or self.read_view(visit.image)
         map_shape = view.pixels_CYX.shape[1:]
-        with _threads(SAMPLER_THREADS), torch.inference_mode():
+        with self._drawing, _threads(SAMPLER_THREADS), torch.inference_mode():
+            self._load(weights)
             logits_1M = self.attention(tensor_of(view.pixels_CYX)[None].to(self.device)).flatten(1)
             try:
                 log_prior = log_prior_of(view.prior_YX)
@@ -143,9 +155,10 @@ class PatchSampler:
         full, _ = read_levels(pyramid, config)
         size = (config.patch_px,) * len(map_shape)
         offsets_ND = patch_offsets(index_N[None], map_shape, full.shape[1:], size)[0].numpy()
-        before = pyramid.read_stats(full)
-        crops = pyramid.read_patches(full, offsets_ND, size)
-        after = pyramid.read_stats(full)
+        with self._reading[visit.image % READING_LOCKS]:
+            before = pyramid.read_stats(full)
+            crops = pyramid.read_patches(full, offsets_ND, size)
+            after = pyramid.read_stats(full)
         return Item(
             visit=visit,
             slide=shown(slide),
@@ -170,10 +183,6 @@ class PatchSampler:
                 {k: torch.from_numpy(np.array(v)) for k, v in weights.arrays.items()}
             )
             self._attention_key = weights.key
-
-    def _read_view(self, pyramid: Pyramid) -> View:
-        level, prior = check_image(pyramid, self.config, num_channels=self.num_channels)
-        return View(pyramid.view(level, cache_bytes=self.config.cache_bytes), prior)
 
 
 def check_image(pyramid: Pyramid, config: SamplerConfig, *, num_channels: int) -> tuple[Level, Array | None]:

@@ -77,7 +77,9 @@ class Stream:
         self._pending: deque[_Ordered] = deque()
         self._ahead: list[Item] | AtsStreamError | None = None
         self._visits = self._upcoming()
-        self._next = next(self._visits, None)
+        self._waiting: deque[Visit] = deque()
+        """The visits that are ordered next; of the first ``_num_told`` the executor knows."""
+        self._num_told = 0
 
     def publish(self, version: int, attention: nn.Module) -> None:
         """Hand over the attention network after ``version`` optimiser steps, if any step draws with it."""
@@ -96,8 +98,8 @@ class Stream:
     def next_step(self) -> list[Item]:
         """Wait for the items of the next step of this rank, in the plan's order."""
         self._order()
-        if self._ahead is None and not self._pending and self._next is not None:
-            raise ValueError(f"version {self._next.version} of the attention was not published")
+        if self._ahead is None and not self._pending and self._waiting:
+            raise ValueError(f"version {self._waiting[0].version} of the attention was not published")
         ahead, self._ahead = self._ahead, None
         if isinstance(ahead, AtsStreamError):
             raise ahead
@@ -161,10 +163,27 @@ class Stream:
         return bool(self._sizes) and num * max(self._sizes) + self._held_bytes <= self.window_bytes
 
     def _order(self) -> None:
-        while self._next is not None and self._has_room():
-            weights = self.versions.get(self._next.version)
+        while self._look(1) and self._has_room():
+            visit = self._waiting[0]
+            weights = self.versions.get(visit.version)
             if weights is None:
+                self._tell()
                 break
-            pending = self.executor.submit(self._next, weights)
-            self._pending.append(_Ordered(self._next, weights, pending))
-            self._next = next(self._visits, None)
+            pending = self.executor.submit(visit, weights)
+            self._pending.append(_Ordered(visit, weights, pending))
+            self._waiting.popleft()
+            self._num_told = max(0, self._num_told - 1)
+
+    def _look(self, number: int) -> int:
+        """How many of the next ``number`` visits there are."""
+        while len(self._waiting) < number and (visit := next(self._visits, None)) is not None:
+            self._waiting.append(visit)
+        return min(number, len(self._waiting))
+
+    def _tell(self) -> None:
+        """Let the executor know what else the window holds as soon as there are weights for it."""
+        number = self._look(self.window - len(self._pending))
+        told = [self._waiting[n] for n in range(self._num_told, number)]
+        self._num_told = max(self._num_told, number)
+        if told:
+            self.executor.read_ahead(told)

@@ -14,9 +14,11 @@ import psutil
 import pytest
 from tiny import MODEL, SAMPLER, assert_same_item, attention, make_sampler, table, visit, weights
 
-from ats_stream.errors import ClusterError, InputError, SlideError
-from ats_stream.workers import AttentionWeights, Item, Plan, Stream, Visit, executors
-from ats_stream.workers.executors import Executor, RayExecutor, SerialExecutor, make_executor
+from ats_stream.errors import InputError, SlideError
+from ats_stream.workers import AttentionWeights, Item, Plan, Stream, Visit
+from ats_stream.workers import ray_executor as ray_executor_module
+from ats_stream.workers.executors import Executor, SerialExecutor, make_executor
+from ats_stream.workers.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,11 +97,11 @@ def delayed_actor(ray: ModuleType, seed: int) -> Any:
             super().__init__(*given)
             self.done: list[tuple[float, int]] = []
 
-        def sample(self, visit: Visit, *rest: Any) -> Item:
+        def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
             # nobody sets the event: the wait is the delay itself, and no order depends on its length
             delay_s = MAX_DELAY_S * random.Random(f"{seed} {visit.stream_id}").random()
             threading.Event().wait(delay_s)
-            item: Item = super().sample(visit, *rest)
+            item: Item = super().sample(visit, weights)
             self.done.append((time.monotonic(), visit.stream_id))
             return item
 
@@ -203,13 +205,13 @@ class Deadly:
 def test_an_item_that_ends_its_sampler_each_time_ends_the_stream_by_name(
     archive: Archive, ray_local: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "CALL_RETRIES", 1)  # each start of an actor takes seconds
+    monkeypatch.setattr(ray_executor_module, "CALL_RETRIES", 0)  # each start of an actor takes seconds
     executor = ray_executor(archive, 1)
     deadly: Any = Deadly()
     try:
         pending = executor.submit(make_plan(lag=None).visits(0)[0], AttentionWeights("deadly", {"w": deadly}))
         slide = table(archive)[0][make_plan(lag=None).visits(0)[0].image]
-        with pytest.raises(ClusterError, match=r"ome\.zarr: its sampler died 2 times") as caught:
+        with pytest.raises(SlideError, match=r"ome\.zarr: ended its sampler 3 times") as caught:
             pending.result()
         assert str(caught.value).startswith(slide)
         assert "\n" not in str(caught.value)
@@ -246,8 +248,13 @@ HEDGE_AFTER_S = 1.0  # more than a sound sampler takes for one of these images o
 
 
 def stuck_in(executor: RayExecutor, number: int, fifo: str) -> Any:
-    """Hold a sampler up until somebody writes into the pipe: it opens it, which waits for the other end."""
-    return executor._actors[number].__ray_call__.remote(lambda _: Path(fifo).read_text())
+    """Hold all calls of a sampler up until somebody writes into the pipe, whose opening waits for that."""
+
+    def hold(actor: Any) -> None:
+        with actor._lock:
+            Path(fifo).read_text()
+
+    return executor._actors[number].__ray_call__.remote(hold)
 
 
 @pytest.mark.slow
@@ -273,12 +280,13 @@ def test_items_of_a_sampler_that_is_stuck_are_asked_of_another(
         assert [call for call in executor._late if call.number == 0] == owed
         Path(fifo).write_text("go on")
         ray_local.get(held)
-        late = [call.reference for call in executor._late]
-        for item in ray_local.get(late):  # they come all the same, and are the same
+        for call in executor._late:  # they come all the same, and are the same
+            parcel = ray_local.get(call.reference)
+            item = executor._shelf.take(parcel, call.place)
             wanted = [one for one in serial[1] if one.visit == item.visit]
             assert_same_item(item, wanted[0])
         executor._take_late()
-        assert (executor._late, executor._owed) == ([], [0, 0, 0])
+        assert (executor._late, executor._open) == ([], [set(), set(), set()])
     finally:
         executor.close()
     for found in (items, again):

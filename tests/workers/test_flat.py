@@ -11,8 +11,8 @@ import psutil
 import pytest
 from tiny import make_job, run_config
 
-from ats_stream.workers.executors import RayExecutor
 from ats_stream.workers.ranks import Alone
+from ats_stream.workers.ray_executor import RayExecutor
 from ats_stream.workers.trainer import RankTrainer
 
 if TYPE_CHECKING:

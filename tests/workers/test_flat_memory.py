@@ -11,7 +11,7 @@ import pytest
 from tiny import MODEL, SAMPLER, attention, table
 
 from ats_stream.workers import Plan, Stream
-from ats_stream.workers.executors import RayExecutor
+from ats_stream.workers.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from types import ModuleType

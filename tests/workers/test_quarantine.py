@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -15,10 +16,10 @@ from thread_ranks import ThreadRank, make_ranks, side_by_side
 from tiny import MODEL, SAMPLER, make_job, make_sampler, run_config, visit, weights, without_clock
 
 from ats_stream.errors import BadImagesError, CheckpointError, SlideError
-from ats_stream.workers import TrainerConfig, train
+from ats_stream.workers import PatchSampler, TrainerConfig, ray_executor, train
 from ats_stream.workers.batch import collate
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
-from ats_stream.workers.executors import make_executor
+from ats_stream.workers.executors import SerialExecutor, make_executor
 from ats_stream.workers.learner import Learner
 from ats_stream.workers.ledger import check_ledger, read_ledger
 from ats_stream.workers.metrics import read_metrics
@@ -27,8 +28,12 @@ from ats_stream.workers.ranks import Alone
 from ats_stream.workers.trainer import RankTrainer, TrainJob, train_rank
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from ats_stream.io import Archive
-    from ats_stream.workers import Item, RunConfig
+    from ats_stream.workers import AttentionWeights, Item, RunConfig, Visit
+    from ats_stream.workers.executors import Executor
+    from ats_stream.workers.sampler import View
 
 REASON = "no such file or folder"
 CONFIG = run_config(num_epochs=2, checkpoint_interval=1, on_bad_image="skip", max_bad_share=0.5, lag=1)
@@ -276,6 +281,60 @@ def test_the_policy_may_change_when_a_run_is_taken_up(archive: Archive, tmp_path
 
 def with_policy(policy: str) -> RunConfig:
     return dataclasses.replace(CONFIG, trainer=dataclasses.replace(CONFIG.trainer, on_bad_image=policy))
+
+
+DEADLY = (2, 5)
+DEADLY_REASON = "ended its sampler 2 times (out of memory, or an image that crashes the process)"
+
+
+class Refusing(PatchSampler):
+    """Raises for the images that end their samplers, where nothing may end."""
+
+    def sample(self, visit: Visit, weights: AttentionWeights, view: View | None = None) -> Item:
+        if visit.image in DEADLY:
+            raise SlideError(self.slides[visit.image], DEADLY_REASON)
+        return super().sample(visit, weights, view)
+
+
+def deadly_actor(ray: ModuleType) -> Any:
+    """A sampler whose process ends, as in a crash of its codec, at some of the images."""
+    from ats_stream.workers.actors import SamplerActor
+
+    sampler: Any = SamplerActor
+
+    class DeadlyActor(sampler.__ray_metadata__.modified_class):  # type: ignore[misc]  # known to Ray alone
+        def sample(self, visit: Visit, weights: AttentionWeights) -> Item:
+            if visit.image in DEADLY:
+                os._exit(1)
+            item: Item = super().sample(visit, weights)
+            return item
+
+    return ray.remote(DeadlyActor)
+
+
+@pytest.mark.slow
+def test_images_that_end_their_samplers_are_left_out_and_no_others(
+    archive: Archive, ray_local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # each start of an actor takes seconds; nothing is repeated by Ray, so all that is under way suffers
+    monkeypatch.setattr(ray_executor, "CALL_RETRIES", 0)
+    monkeypatch.setattr(ray_executor, "TRIES_ALONE", 1)
+    jobs = [make_job(archive, tmp_path / name, CONFIG) for name in ("serial", "ray")]
+    table = (jobs[0].slides, jobs[0].labels, CONFIG.model, CONFIG.sampler)
+    actors = ray_executor.RayExecutor(
+        *table, num_samplers=1, cpus_per_sampler=0.1, actor=deadly_actor(ray_local)
+    )
+    executors: list[Executor] = [SerialExecutor(Refusing(*table)), actors]
+    try:
+        serial, ray = (RankTrainer(job, Alone(), one) for job, one in zip(jobs, executors, strict=True))
+        for trainer in (serial, ray):
+            trainer.run(None)
+    finally:
+        actors.close()
+    assert set(ray.quarantine.images) == set(DEADLY)
+    assert ray.quarantine.images == serial.quarantine.images
+    for name, tensor in serial.learner.model.state_dict().items():
+        assert torch.equal(tensor, ray.learner.model.state_dict()[name]), name
 
 
 def test_policies_out_of_range_are_refused() -> None:

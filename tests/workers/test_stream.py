@@ -17,6 +17,8 @@ from ats_stream.workers import AttentionWeights, Plan, Stream, Visit
 from ats_stream.workers.executors import SerialExecutor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ats_stream.io import Archive
 
 
@@ -33,6 +35,7 @@ class Recorder:
         self.random = random.Random(seed)
         self.fail_at = fail_at
         self.submitted: list[Order] = []
+        self.told: list[Visit] = []
         self.unfinished: list[Answer] = []
         self.in_flight = 0
         self.most_in_flight = 0
@@ -44,6 +47,9 @@ class Recorder:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         return answer
+
+    def read_ahead(self, visits: Sequence[Visit]) -> None:
+        self.told += visits
 
     def close(self) -> None:
         self.unfinished.clear()
@@ -116,6 +122,8 @@ def test_items_come_in_the_plans_order_with_the_plans_versions(
         wanted = expected(plan, rank=rank, world_size=world_size)
         assert run(stream) == wanted
         assert executor.submitted == [order for step in wanted for order in step]  # nothing twice or too much
+        in_order = iter(visit for step in wanted for visit, _ in step)
+        assert all(visit in in_order for visit in executor.told)  # each once, in the order that they come in
         assert executor.most_in_flight <= window
         assert executor.in_flight == 0
 
