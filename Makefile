@@ -1,6 +1,6 @@
 # make setup   a virtual environment in .venv with everything a developer needs
 # make demo    the whole system on real data, on this machine   (DEMO_ARGS=...)
-# make test    the test suite, as continuous integration runs it
+# make test    the test suite, as continuous integration runs it: two processes, the files of tests in their order
 # make torture long kill, fuzz and scale runs
 # make docs    the site of docs/, into build/site
 # make lint    ruff, format check, mypy
@@ -33,7 +33,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt tools/fetch_chromium.py
+$(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt tests/predictions/napari.txt tools/fetch_chromium.py
 	@python=""; \
 	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
 	  if "$$candidate" -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then python="$$candidate"; break; fi; \
@@ -56,6 +56,8 @@ $(STAMP): pyproject.toml constraints.txt tests/kernels/compilers.txt tools/fetch
 	@# in a folder of their own: torch for CUDA pins packages of the same names
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --upgrade \
 	  --target $(VENV)/share/nvrtc $(PIP_ARGS) --requirement tests/kernels/compilers.txt
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/share/napari $(PIP_ARGS) --requirement tests/predictions/napari.txt
 	@# for the tests of the viewer, which skip without one
 	@$(BIN)/python tools/fetch_chromium.py $(VENV)/share/chromium \
 	  || echo "setup: no Chromium; tests in a browser take an installed one, or skip"
@@ -66,7 +68,7 @@ demo: setup
 	@$(BIN)/ats-stream demo $(DEMO_ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 torture: setup
 	@$(BIN)/python -m pytest -q -m torture

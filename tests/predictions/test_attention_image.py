@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ats_stream.io import open_pyramid, verify
 from ats_stream.predictions.attention_image import write_attention
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DOWNSAMPLE = (16.0, 15.5)
 PIXEL_UM = (0.5, 0.25)
@@ -61,6 +59,9 @@ def test_other_readers_and_validators_take_it(image: Path) -> None:
     assert verify(image).findings == ()
 
 
+NAPARI = Path(sys.prefix) / "share" / "napari"  # 'make setup' installs what napari.txt names
+
+
 @pytest.mark.filterwarnings("ignore")  # its dependencies warn about their own future
 def test_ome_zarr_py_reads_the_same_values(image: Path) -> None:
     ome_zarr_io = pytest.importorskip("ome_zarr.io", reason="ome-zarr is not installed (extra bench)")
@@ -74,7 +75,8 @@ def test_ome_zarr_py_reads_the_same_values(image: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_napari_reads_the_same_values(image: Path) -> None:
+def test_napari_reads_the_same_values(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(NAPARI)])
     reader = pytest.importorskip("napari_ome_zarr._reader", reason="napari-ome-zarr is not installed")
     ((data, metadata, kind),) = reader.napari_get_reader(str(image))(str(image))
     assert kind == "image"
