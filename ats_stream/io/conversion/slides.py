@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ats_stream.io import ngff
-    from ats_stream.io.formats.parts import FileParts
+    from ats_stream.io.formats.parts import FileParts, Stamp
     from ats_stream.io.pyramid import Pyramid
 
 Array = npt.NDArray[Any]
@@ -223,8 +223,6 @@ class PyramidSlide(Closing):
     def source_bytes(self) -> int:
         """Bytes of the files; 0 for what lies behind a URL."""
         path = Path(self.path)
-        if self.parts is not None:
-            return self.parts.stamp[0]
         return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
 
     def stamp_now(self) -> SourceStamp | None:
@@ -257,19 +255,36 @@ class FileSlide(PyramidSlide):
         # tiles under the border of two regions are decoded once
         threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
         pyramid = pyramid_of(parts, cache_bytes=CACHE_BYTES, num_threads=threads)
-        stamp = SourceStamp(name=Path(parts.path).name, nbytes=parts.stamp[0], mtime_ns=parts.stamp[1])
+        companions = parts.companions()
+        stamp = _files_stamp(parts.path, [parts.stamp, *map(file_stamp, companions)])
         super().__init__(pyramid, stamp)
         self.parts = parts
+        self._nbytes = stamp.nbytes
+        self._files = (parts.path, *map(str, companions))
         # of axes without a size (time) nothing is known
         self.pixel_size_um = parts.pixel_size_um
 
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of all files of the slide."""
+        return self._nbytes
+
     def stamp_now(self) -> SourceStamp | None:
-        """Size and time of change of the file; None when it is gone."""
+        """Size and time of change of the slide's files; None when one is gone."""
         try:
-            nbytes, mtime_ns = file_stamp(self.path)
+            stamps = [file_stamp(path) for path in self._files]
         except OSError:
             return None
-        return SourceStamp(name=Path(self.path).name, nbytes=nbytes, mtime_ns=mtime_ns)
+        return _files_stamp(self.path, stamps)
+
+
+def _files_stamp(path: str, stamps: Sequence[Stamp]) -> SourceStamp:
+    """What tells that any file of a slide was changed: their bytes together, and the latest change."""
+    return SourceStamp(
+        name=Path(path).name,
+        nbytes=sum(nbytes for nbytes, _ in stamps),
+        mtime_ns=max(mtime_ns for _, mtime_ns in stamps),
+    )
 
 
 def open_slide(path: str | os.PathLike[str], *, num_threads: int | None = None) -> FileSlide:

@@ -53,15 +53,11 @@ def dicom_levels(path: str, shapes: Sequence[tuple[int, ...]]) -> list[StoredTil
 
     The levels of a slide are the files of the same series in the same folder, as for OpenSlide.
     """
-    first = _read_facts(Path(path))
-    if first is None:
+    instances = list(_series(Path(path)))
+    if not instances:
         return ["cannot be read as DICOM"] * len(shapes)
-    series = first[0].get("SeriesInstanceUID")
     found: dict[tuple[int, int], tuple[Path, Any, int]] = {}
-    for file in sorted(Path(path).parent.iterdir()):
-        facts, pixels_at = _read_facts(file) or (None, 0)
-        if facts is None or facts.get("SeriesInstanceUID") != series:
-            continue
+    for file, facts, pixels_at in instances:
         kind = [str(part) for part in facts.get("ImageType", [])]
         if facts.get("SOPClassUID") == SLIDE_CLASS and kind[2:3] == ["VOLUME"]:
             size = (int(facts.TotalPixelMatrixRows), int(facts.TotalPixelMatrixColumns))
@@ -77,6 +73,23 @@ def dicom_levels(path: str, shapes: Sequence[tuple[int, ...]]) -> list[StoredTil
         except (ValueError, OSError, struct.error) as error:
             levels.append(f"DICOM: {error}")
     return levels
+
+
+def series_files(path: Path) -> tuple[Path, ...]:
+    """The files of the slide that a DICOM file belongs to, itself among them; none when it cannot be read."""
+    return tuple(file for file, _, _ in _series(path))
+
+
+def _series(path: Path) -> Iterator[tuple[Path, Any, int]]:
+    """The files of a folder in the series of one of them, with their facts and where their pixels begin."""
+    first = _read_facts(path)
+    if first is None:
+        return
+    series = first[0].get("SeriesInstanceUID")
+    for file in sorted(path.parent.iterdir()):
+        facts, pixels_at = _read_facts(file) or (None, 0)
+        if facts is not None and facts.get("SeriesInstanceUID") == series:
+            yield file, facts, pixels_at
 
 
 def _read_facts(path: Path) -> tuple[Any, int] | None:

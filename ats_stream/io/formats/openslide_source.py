@@ -115,7 +115,21 @@ def read_openslide(path: Path, vendor: str) -> FileParts:
         channels=default_channels(3),
         stated_downsample=facts.level_downsamples,
         associated={n: partial(read_associated, str(path), n) for n in facts.associated_names},
+        companions=partial(companion_files, path, vendor),
     )
+
+
+def companion_files(path: Path, vendor: str) -> tuple[Path, ...]:
+    """The other files of a slide that is more than one file: levels in DICOM, the data folder of MIRAX."""
+    if vendor == "dicom":
+        from ats_stream.io.formats.dicom import series_files
+
+        found = series_files(path)
+    elif vendor == "mirax" and path.with_suffix("").is_dir():
+        found = tuple(file for file in sorted(path.with_suffix("").iterdir()) if file.is_file())
+    else:
+        found = ()
+    return tuple(file for file in found if file != path)
 
 
 class OpenSlideLevel:

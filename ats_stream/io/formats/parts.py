@@ -14,6 +14,7 @@ from ats_stream.io.sources import ChunkError, RawChunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from ats_stream.io.ngff import Channel
     from ats_stream.io.sources import ChunkSource, Place
@@ -43,6 +44,8 @@ class FileParts:
     """What the file says of each level, one number per level; empty when it says nothing."""
     associated: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
     """Reader of each associated image (C, y, x); to be pickled."""
+    companions: Callable[[], Sequence[Path]] = tuple
+    """Finds the other files of a slide that is more than one; to be pickled."""
 
 
 def file_stamp(path: str | os.PathLike[str]) -> Stamp:

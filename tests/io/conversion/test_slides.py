@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 
@@ -7,11 +8,12 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from pass_slides import write_dicom
 
 from ats_stream.errors import InputError, SlideError
 from ats_stream.io import open_pyramid, open_slide
 from ats_stream.io.conversion.slides import FileSlide
-from ats_stream.io.formats.openslide_source import read_openslide
+from ats_stream.io.formats.openslide_source import companion_files, read_openslide
 from ats_stream.io.formats.parts import opaque
 from ats_stream.io.formats.tiff import ome_pixel_size_um
 
@@ -387,3 +389,30 @@ def test_a_slide_deleted_or_changed_while_open_is_an_error(slide_path, tmp_path)
         copy.write_bytes(slide_path.read_bytes()[:-1])
         with pytest.raises(SlideError, match=r"a\.svs: level 0: the file changed since it was opened"):
             slide.read_region(0, 0, 50, 50)
+
+
+def test_a_slide_of_many_files_is_known_by_all_of_them(tmp_path, picture):
+    top = write_dicom(tmp_path / "a", picture((3, 200, 150)))
+    other = write_dicom(tmp_path / "b", picture((3, 90, 80)))
+    shutil.copy(other, top.parent / "other.dcm")  # a slide of its own in the same folder
+    with open_slide(top) as slide:
+        stamp = slide.stamp
+        own = [top.parent / name for name in ("0.dcm", "1.dcm", "label.dcm")]
+        assert stamp.nbytes == slide.source_bytes == sum(file.stat().st_size for file in own)
+        os.utime(top.parent / "other.dcm", ns=(1, 2**62))
+        assert slide.stamp_now() == stamp
+        os.utime(top.parent / "1.dcm", ns=(1, 2**62))
+        changed = slide.stamp_now()
+        assert (changed.name, changed.nbytes, changed.mtime_ns) == (stamp.name, stamp.nbytes, 2**62)
+        (top.parent / "1.dcm").unlink()
+        assert slide.stamp_now() is None
+
+
+def test_the_data_of_mirax_lie_in_a_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a.mrxs", "a/Slidedat.ini", "a/Data0000.dat", "b.mrxs"):
+        (tmp_path / name).touch()
+    found = companion_files(tmp_path / "a.mrxs", "mirax")
+    assert [file.name for file in found] == ["Data0000.dat", "Slidedat.ini"]
+    assert companion_files(tmp_path / "b.mrxs", "mirax") == ()
+    assert companion_files(tmp_path / "a.mrxs", "aperio") == ()
