@@ -22,6 +22,7 @@ from ats_stream.kernels.gather_calls import CropsCall, PatchesCall, beside, chec
 from ats_stream.kernels.gather_cpu import Request
 from ats_stream.kernels.gather_launch import plan_crops, plan_patches
 from ats_stream.kernels.launch import has_cupy, launch_on_current_stream
+from ats_stream.kernels.memory import ask_for_huge_pages
 from ats_stream.kernels.table import ChunkTable
 
 if TYPE_CHECKING:
@@ -148,6 +149,13 @@ def _memory_of(out_NCS: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
     return out_NCS.movedim(1, -1).flatten(1, -2) if channels_last else out_NCS.flatten(2)
 
 
+def _new_output(call: CropsCall | PatchesCall) -> torch.Tensor:
+    """The memory of a result on the CPU."""
+    out_NCS = call.output()
+    ask_for_huge_pages(out_NCS)
+    return out_NCS
+
+
 @torch.library.custom_op(
     "ats_stream::gather_crops",
     mutates_args=(),
@@ -159,7 +167,7 @@ def _gather_crops(*args: Any) -> torch.Tensor:
     call = CropsCall(*args)
     call.check()
     call.check_values()
-    out_NCS = call.output()
+    out_NCS = _new_output(call)
     memory = _memory_of(out_NCS, channels_last=call.channels_last)
     if call.is_plain and not call.is_interleaved and not gather_cpu.is_compiled(out_NCS.numel()):
         out_NCP = memory.transpose(1, 2) if call.channels_last else memory
@@ -209,7 +217,7 @@ def _gather_patches(*args: Any) -> torch.Tensor:
     call = PatchesCall(*args)
     call.check()
     call.check_values()
-    out_NCS = call.output()
+    out_NCS = _new_output(call)
     request = Request.of(
         call.table, call.image_N, call.offsets_ND, tuple(call.patch_size), call, fill=call.fill
     )

@@ -118,12 +118,9 @@ def _gather_compiled(code: ModuleType, request: Request, out: torch.Tensor, chan
     num_patches, num_channels = len(request.image_N), len(request.scale_C)
     num_pixels = out[0].numel() // num_channels
     flat = out.view(-1)
-    if out.dtype == torch.float32:
-        kind, floats, words = code.FLOAT32, flat.numpy(), np.empty(0, np.uint16)
-    else:
-        kind = code.BFLOAT16 if out.dtype == torch.bfloat16 else code.FLOAT16
-        # numpy has no bfloat16; the bits are made here
-        floats, words = np.empty(0, np.float32), flat.view(torch.int16).numpy().view(np.uint16)
+    elements = flat.numpy() if out.dtype == torch.float32 else flat.view(torch.int16).numpy()
+    if out.dtype == torch.bfloat16:  # unknown to numpy; the type of the elements says what they are
+        elements = elements.view(np.uint16)
     sources, flips = np.empty((0, 3), np.int64), np.empty((0, 3), np.bool_)
     if request.orientation_N is not None:
         codes = request.orientation_N.numpy()
@@ -133,7 +130,6 @@ def _gather_compiled(code: ModuleType, request: Request, out: torch.Tensor, chan
 
     def run(part: range) -> None:
         code.run(
-            kind,
             request.pixels_L.numpy(),
             request.starts_T.numpy(),
             request.images_I7.numpy(),
@@ -144,8 +140,7 @@ def _gather_compiled(code: ModuleType, request: Request, out: torch.Tensor, chan
             intensity,
             request.scale_C.numpy(),
             request.shift_C.numpy(),
-            floats,
-            words,
+            elements,
             part.start,
             part.stop,
             request.chunk_channels,

@@ -3,8 +3,8 @@
 """The gather on the CPU, compiled by numba; the bits of gather.cu and of gather_torch.
 
 Imported on first use, because numba takes most of a second. A line of a patch is cut into stretches that lie
-in one chunk or outside the image, once for all lines; the loop over a stretch is vectorised where its pixels
-follow each other.
+in one chunk or outside the image, once for all lines; a stretch whose pixels follow each other is written in
+the blocks of gather_blocks. Lines of an image are far apart in memory, so they are asked for early.
 """
 
 from __future__ import annotations
@@ -17,8 +17,21 @@ from numba import types
 from numba.extending import intrinsic
 
 from ats_stream.compiling import cached, jit
+from ats_stream.kernels.gather_blocks import (
+    BFLOAT16,
+    COLOURS,
+    FLOAT32,
+    LENGTH,
+    ask_for,
+    backward,
+    forward,
+    joined,
+    kind_of,
+    together,
+)
 
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
+_LINE_BYTES = 64  # of a cache of the processor
+_ROWS_AHEAD = 6  # a row of a patch is asked for while so many before it are written
 
 
 @intrinsic
@@ -82,17 +95,52 @@ def _adjusted(x, top, gain, offset):
 
 
 @jit(forceinline=True)
-def _put(kind, v, floats, words, place):
-    if kind == FLOAT32:  # the same for all places: the compiler makes a loop of each
-        floats[place] = v
-    elif kind == BFLOAT16:
-        words[place] = _bfloat16(v)
+def _put(v, out, place):
+    if kind_of(out) == FLOAT32:
+        out[place] = v
+    elif kind_of(out) == BFLOAT16:
+        out[place] = _bfloat16(v)
     else:
-        words[place] = _float16(v)
+        out[place] = _float16(v)
 
 
 @jit(forceinline=True)
-def _stretch(kind, pixels, start, step, n, floats, words, to, to_step, a, b, is_adjusted, top, gain, offset):
+def _blocks(pixels, start, step, n, out, to, a, b):
+    """Pixels side by side to places side by side, a block at a time; the last ends with the stretch."""
+    for number in range((n + LENGTH - 1) // LENGTH):
+        done = min(number * LENGTH, n - LENGTH)
+        if step == 1:
+            forward(pixels, start + done, out, to + done, a, b)
+        else:
+            backward(pixels, start - done, out, to + done, a, b)
+
+
+@jit(forceinline=True)
+def _colours(is_together, pixels, starts, n, out, to, scale, shift):
+    """Pixels of three channels from elements ``starts`` on to channels last, in blocks as :func:`_blocks`."""
+    r, g, b = starts[0], starts[1], starts[2]
+    scales, shifts = (scale[0], scale[1], scale[2]), (shift[0], shift[1], shift[2])
+    for number in range((n + LENGTH - 1) // LENGTH):
+        done = min(number * LENGTH, n - LENGTH)
+        place = to + COLOURS * done
+        if is_together:
+            together(pixels, r + COLOURS * done, out, place, scales, shifts)
+        else:
+            joined(pixels, (r + done, g + done, b + done), out, place, scales, shifts)
+
+
+@jit(forceinline=True)
+def _ask_for_line(pixels, start, step, n):
+    """Let the processor begin to read a stretch that is needed soon."""
+    first = min(start, start + (n - 1) * step)
+    last = max(start, start + (n - 1) * step)
+    for element in range(first, last + 1, _LINE_BYTES // pixels.itemsize):
+        ask_for(pixels, element)
+    ask_for(pixels, last)
+
+
+@jit(forceinline=True)
+def _stretch(pixels, start, step, n, out, to, to_step, a, b, is_adjusted, top, gain, offset):
     """``n`` pixels, ``step`` apart from element ``start`` on, to places ``to_step`` apart."""
     # unsigned: an index that could mean one from the end would cost the vectors; a step back wraps around
     first, next_first, count = np.uint64(start), np.uint64(step), np.uint64(n)
@@ -100,23 +148,19 @@ def _stretch(kind, pixels, start, step, n, floats, words, to, to_step, a, b, is_
     if is_adjusted:
         for j in range(count):
             x = _adjusted(np.float32(pixels[first + j * next_first]), top, gain, offset)
-            _put(kind, _fma(x, a, b), floats, words, place + j * next_place)
-    elif to_step == 1 and step == 1:
-        for j in range(count):
-            _put(kind, _fma(np.float32(pixels[first + j]), a, b), floats, words, place + j)
-    elif to_step == 1 and step == -1:
-        for j in range(count):
-            _put(kind, _fma(np.float32(pixels[first - j]), a, b), floats, words, place + j)
+            _put(_fma(x, a, b), out, place + j * next_place)
+    elif to_step == 1 and n >= LENGTH and (step == 1 or step == -1):
+        _blocks(pixels, start, step, n, out, to, a, b)
     else:
         for j in range(count):
             x = np.float32(pixels[first + j * next_first])
-            _put(kind, _fma(x, a, b), floats, words, place + j * next_place)
+            _put(_fma(x, a, b), out, place + j * next_place)
 
 
 @jit(forceinline=True)
-def _fill(kind, value, floats, words, to, to_step, n):
+def _fill(value, out, to, to_step, n):
     for j in range(n):
-        _put(kind, value, floats, words, to + j * to_step)
+        _put(value, out, to + j * to_step)
 
 
 @jit()
@@ -162,7 +206,6 @@ def _cut(out, size, is_flipped, begin, space, chunk, next_chunk, next_pixel):
 
 @cached
 def run(
-    kind,
     pixels,
     starts,
     images,
@@ -173,8 +216,7 @@ def run(
     intensity,
     scale,
     shift,
-    floats,
-    words,
+    out,
     first,
     stop,
     chunk_channels,
@@ -192,8 +234,9 @@ def run(
     ``images`` (I, 7), ``starts`` (T,), ``image_of`` (N,) and ``offsets`` (N, 3) are int64; ``sources`` and
     ``flips`` (N, 3), or of no rows where no patch is moved; ``intensity`` (N, 2) float32, or of no rows.
     ``next_element`` (4,) are the strides in a chunk of channel, z, y, x; ``size`` (3,) the patch. A patch has
-    prod(size) * C places in ``floats`` or ``words``, whichever ``kind`` says; ``to_pixel`` and ``to_channel``
-    are the strides there. ``top`` is the largest value of integer pixels, 0 for float32.
+    prod(size) * C places in ``out``: float32, or the bits of bfloat16 as uint16, of float16 as int16;
+    ``to_pixel`` and ``to_channel`` are the strides there. ``top`` is the largest value of integer pixels, 0
+    for float32.
     """
     num_channels = len(scale)
     num_pixels = size[0] * size[1] * size[2]
@@ -202,6 +245,7 @@ def run(
     value_outside, value_absent = np.empty(num_channels, np.float32), np.empty(num_channels, np.float32)
     for channel in range(num_channels):
         value_outside[channel] = _fma(np.float32(fill), scale[channel], shift[channel])
+    channel_starts = np.empty(num_channels, np.int64)
     stretches = [np.empty((4, size[a]), np.int64) for a in range(3)]
     for patch in range(first, stop):
         row = images[image_of[patch]]
@@ -237,7 +281,7 @@ def run(
         if not is_there:
             for channel in range(num_channels):
                 to = base + channel * to_channel
-                _fill(kind, value_outside[channel], floats, words, to, to_pixel, num_pixels)
+                _fill(value_outside[channel], out, to, to_pixel, num_pixels)
             continue
         along_z, along_y, along_x = stretches
         for oz in range(size[0]):
@@ -246,32 +290,53 @@ def run(
                 line_entry = row[0] + along_z[0, oz] + along_y[0, oy]
                 line_element = along_z[1, oz] + along_y[1, oy]
                 line = base + (oz * size[1] + oy) * size[2] * to_pixel
+                ahead = min(oy + _ROWS_AHEAD, size[1] - 1)
+                further = along_y[1, ahead] - along_y[1, oy]
+                is_asked = ahead > oy and along_y[0, ahead] == along_y[0, oy] and abs(step) <= num_channels
                 for number in range(num_stretches):
                     n = along_x[3, number]
                     place = line + along_x[2, number] * to_pixel
                     if not is_inside or along_x[0, number] < 0:
                         for channel in range(num_channels):
                             to = place + channel * to_channel
-                            _fill(kind, value_outside[channel], floats, words, to, to_pixel, n)
+                            _fill(value_outside[channel], out, to, to_pixel, n)
                         continue
                     entry = line_entry + along_x[0, number]
                     element = line_element + along_x[1, number]
+                    is_stored = True
                     for channel in range(num_channels):
                         part = channel // chunk_channels if chunk_channels < num_channels else 0
                         start = starts[entry + part * next_part]
-                        to = place + channel * to_channel
                         if start < 0:
-                            _fill(kind, value_absent[channel], floats, words, to, to_pixel, n)
+                            is_stored = False
+                            channel_starts[channel] = -1
                             continue
                         start += (channel - part * chunk_channels) * next_element[0] + element
+                        channel_starts[channel] = start
+                        if is_asked and (channel == 0 or next_element[0] != 1):
+                            _ask_for_line(pixels, start + further, step, n)
+                    is_together = step == COLOURS and next_element[0] == 1 and chunk_channels == COLOURS
+                    if (
+                        to_pixel == COLOURS
+                        and num_channels == COLOURS
+                        and is_stored
+                        and not is_adjusted
+                        and n >= LENGTH
+                        and (step == 1 or is_together)
+                    ):
+                        _colours(is_together, pixels, channel_starts, n, out, place, scale, shift)
+                        continue
+                    for channel in range(num_channels):
+                        to = place + channel * to_channel
+                        if channel_starts[channel] < 0:
+                            _fill(value_absent[channel], out, to, to_pixel, n)
+                            continue
                         _stretch(
-                            kind,
                             pixels,
-                            start,
+                            channel_starts[channel],
                             step,
                             n,
-                            floats,
-                            words,
+                            out,
                             to,
                             to_pixel,
                             scale[channel],

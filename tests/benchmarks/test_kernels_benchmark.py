@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ats_stream.kernels import gather_crops, normalisation
+from ats_stream.kernels import ChunkTable, gather_crops, normalisation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,9 +43,22 @@ def test_every_case_is_measured_with_its_floor() -> None:
     cases = kernels_gather_cpu.measure(quick=True)
     assert [case["case"].split("-> ")[1] for case in cases] == ["float32", "bfloat16", "float16"]
     for case in cases:
-        ways = ("slices", "patches", "stacked", "crops", "stacked_last", "last", "floor")
-        assert tuple(case["ms"]) == ways
+        fresh = ("slices", "patches", "stacked", "crops", "stacked_last", "last", "floor", "floor_huge")
+        again = [f"{way}_again" for way in ("slices", "patches", "stacked", "crops", "floor")]
+        assert [*case["ms"]] == [*fresh, *again]
         assert all(milliseconds > 0 for milliseconds in case["ms"].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_into_memory_that_is_there_compute_the_same(dtype: torch.dtype) -> None:
+    crops_NCS = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    scale_C, shift_C = torch.tensor([0.5, 0.25, 2.0]), torch.tensor([-1.0, 0.0, 3.0])  # exact in both
+    again = kernels_gather_cpu.Again(crops_NCS, scale_C, shift_C, dtype)
+    by_torch = again.normalise(crops_NCS).clone()
+    where = torch.arange(5), torch.zeros(5, 2, dtype=torch.int64)
+    ours = again.gather(ChunkTable.of_images(crops_NCS), *where, (4, 4))
+    assert torch.equal(ours, by_torch)
+    assert torch.equal(ours, gather_crops(crops_NCS, scale_C, shift_C, dtype))
 
 
 def test_one_thread_per_patch_gives_the_same_batch() -> None:
