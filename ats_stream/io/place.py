@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ats_stream.io.chunk_cache import ChunkCache
     from ats_stream.io.plan import PatchPlan
+    from ats_stream.io.sources import Place
 
 Array = npt.NDArray[Any]
 Int = npt.NDArray[np.int64]
@@ -42,6 +43,22 @@ class ReadJob:
     """Where each patch of the plan goes in the result; None for the same order."""
     level: int
     cache: ChunkCache | None
+    is_once: bool = False
+    """Whether the cache keeps only chunks that do not lie wholly in a patch."""
+
+    def keep(self, number: int, place: Place, chunk: Array) -> None:
+        """Put a chunk into the cache, if it is to be kept."""
+        if self.cache is not None and not (self.is_once and self._is_whole[number]):
+            self.cache.put((self.level, place), chunk)
+
+    @functools.cached_property
+    def _is_whole(self) -> npt.NDArray[np.bool_]:
+        """Which chunks come as one piece that is all of them, as far as they lie in the level."""
+        plan = self.plan
+        chunk, shape = np.array(self.source.chunk_shape), np.array(self.source.shape)
+        extent_KD = np.minimum(chunk, shape - plan.chunks * chunk)
+        whole_K: npt.NDArray[np.bool_] = (plan.piece_size[plan.first_piece[:-1]] == extent_KD).all(axis=1)
+        return whole_K
 
 
 class Placer:
@@ -79,25 +96,24 @@ class Placer:
             if self._zstd is not None and raw.data is not None:
                 frames.append((number, raw))
             else:
-                arrays.append((number, self._pixels(raw)))
+                arrays.append((number, self._pixels(number, raw)))
         if arrays:
             self._place_arrays(arrays)
         if frames:
             self._place_frames(frames)
 
-    def _pixels(self, raw: RawChunk) -> Array:
+    def _pixels(self, number: int, raw: RawChunk) -> Array:
         source = self.job.source
         if raw.data is None:
             return np.broadcast_to(np.asarray(source.fill_value).astype(source.dtype), source.chunk_shape)
         if isinstance(raw.data, np.ndarray):
             return raw.data  # from the cache
         chunk = source.decode(raw)
-        if self.job.cache is not None:
-            self.job.cache.put((self.job.level, raw.place), chunk)
+        self.job.keep(number, raw.place, chunk)
         return chunk
 
     def _place_plainly(self, number: int, raw: RawChunk) -> None:
-        chunk = self._pixels(raw)
+        chunk = self._pixels(number, raw)
         first_piece, source, target = self._slices
         for p in range(first_piece[number], first_piece[number + 1]):
             self.out[target[p]] = chunk[source[p]]

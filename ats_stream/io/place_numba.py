@@ -14,24 +14,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ats_stream.compiling import cached, jit
-
-
-@intrinsic
-def _copy(_context: Any, _to: Any, _from: Any, _nbytes: Any) -> Any:
-    """``memcpy`` between addresses."""
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, ir.IntType(64)])
-        to, source = (builder.inttoptr(address, pointer) for address in arguments[:2])
-        builder.call(memcpy, [to, source, arguments[2], ir.Constant(ir.IntType(1), 0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
+from ats_stream.io.memory_numba import call, copy
 
 
 def _mover(num_bits: int) -> Any:
@@ -77,25 +63,10 @@ def _split(_context: Any, _to: Any, _plane: Any, _from: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic
-def _call(_context: Any, _function: Any, _arguments: Any) -> Any:
-    """Call the C function at an address with integers as wide as addresses; it gives back one of them."""
-    if not isinstance(_arguments, types.UniTuple):
-        return None
-
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        values = cgutils.unpack_tuple(builder, arguments[1])
-        function = ir.FunctionType(word, [word] * len(values)).as_pointer()
-        return builder.call(builder.inttoptr(arguments[0], function), values)
-
-    return types.int64(types.int64, types.UniTuple(types.int64, len(_arguments))), generate
-
-
 @jit()
 def _copy_row(to, to_stride, source, source_stride, length, itemsize):
     if to_stride == itemsize and source_stride == itemsize:
-        _copy(to, source, length * itemsize)
+        copy(to, source, length * itemsize)
     elif itemsize == 1:
         for i in range(length):
             _move1(to + i * to_stride, source + i * source_stride)
@@ -195,8 +166,8 @@ def place_zstd(is_done_K, functions, file, data_K2, zstd, layout, numbers_K, pla
         if size < 0:
             continue
         if number >= 0:
-            if _call(pread, (number, frame, size, begin)) != size:
+            if call(pread, (number, frame, size, begin)) != size:
                 continue
             begin = frame
-        if _call(decompress, (context, chunk, nbytes, begin, size)) == nbytes:
+        if call(decompress, (context, chunk, nbytes, begin, size)) == nbytes:
             is_done_K[k] = _place_chunk(chunk, strides_D, shape_D, numbers_K[k], plan, out)

@@ -148,12 +148,20 @@ class Pyramid:
         return min(self.levels, key=lambda level: (abs(math.log(value(level) / wanted)), level.index))
 
     def read(
-        self, level: int | Level, start: Sequence[int] | None = None, stop: Sequence[int] | None = None
+        self,
+        level: int | Level,
+        start: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+        *,
+        out: Array | None = None,
+        is_once: bool = False,
     ) -> Array:
         """Read a box of the level, by default all of it; ``start`` and ``stop`` are over (C, *space).
 
-        Raises InputError for a box that reaches outside or does not fit into memory, SlideError when the
-        store is damaged.
+        ``out``, if given, is filled and returned. ``is_once`` says that the box is not read again: of its
+        chunks the cache, if there is one, then keeps only those that reach out of it. Raises InputError for a
+        box that reaches outside or does not fit into memory, or an ``out`` that does not fit the box,
+        SlideError when the store is damaged.
         """
         target = self._reader.level(level)
         first = tuple(int(v) for v in start) if start is not None else (0,) * len(target.shape)
@@ -165,7 +173,10 @@ class Pyramid:
             raise InputError(
                 f"{self.slide}: box {first} to {last} does not lie in level {target.index} {target.shape}"
             )
-        return self._reader.box(target, first, tuple(b - a for a, b in zip(first, last, strict=True)))
+        size = tuple(b - a for a, b in zip(first, last, strict=True))
+        if out is not None and (out.shape != size or out.dtype != target.dtype):
+            raise InputError(f"out must be {target.dtype} {size}, got {out.dtype} {out.shape}")
+        return self._reader.box(target, first, size, out=out, is_once=is_once)
 
     def view(
         self,

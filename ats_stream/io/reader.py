@@ -102,12 +102,22 @@ class LevelReader:
         with_channel[:, 1:] = offsets
         return Part(self, target, with_channel, None)
 
-    def box(self, level: Level, first: tuple[int, ...], size: tuple[int, ...]) -> Array:
-        """One box that lies inside the level, over (C, *space)."""
-        out = self.empty((1, *size), level.dtype)
-        if out.size:
-            read_parts([Part(self, level, np.array([first]), None)], size, 0, out)
-        pixels: Array = out[0]
+    def box(
+        self,
+        level: Level,
+        first: tuple[int, ...],
+        size: tuple[int, ...],
+        *,
+        out: Array | None = None,
+        is_once: bool = False,
+    ) -> Array:
+        """One box that lies inside the level, over (C, *space), into ``out`` if that is given; ``is_once``
+        as in :class:`Part`.
+        """
+        memory = self.empty((1, *size), level.dtype) if out is None else out[None]
+        if memory.size:
+            read_parts([Part(self, level, np.array([first]), None, is_once)], size, 0, memory)
+        pixels: Array = memory[0]
         return pixels
 
     def afresh(self, level: Level) -> Array:
@@ -150,12 +160,15 @@ class LevelReader:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one level of one image gives to a read; ``rows_N`` are its places in the result, None for all."""
+    """What one level of one image gives to a read."""
 
     reader: LevelReader
     level: Level
     offsets_ND: npt.NDArray[np.int64]
     rows_N: npt.NDArray[np.int64] | None
+    """Its places in the result, None for all."""
+    is_once: bool = False
+    """Whether chunks that lie wholly in a patch are not wanted again."""
 
 
 def merged(parts: Sequence[Part]) -> list[Part]:
@@ -196,7 +209,14 @@ def read_parts(
             out[plan.outside if part.rows_N is None else part.rows_N[plan.outside]] = fill
         cache = part.reader.cache
         jobs.append(
-            ReadJob(source=source, plan=plan, rows_N=part.rows_N, level=part.level.index, cache=cache)
+            ReadJob(
+                source=source,
+                plan=plan,
+                rows_N=part.rows_N,
+                level=part.level.index,
+                cache=cache,
+                is_once=part.is_once,
+            )
         )
     num_threads = max(part.reader.num_threads for part in parts)
     try:

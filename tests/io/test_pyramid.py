@@ -293,3 +293,39 @@ def test_a_batch_spans_images(store, opened):
         )
     with pytest.raises(InputError, match="at least one"):
         read_batch([], (2, 2))
+
+
+def test_a_box_is_read_into_memory_that_is_given(store):
+    pyramid = open_pyramid(store[0])
+    level = pyramid.levels[0]
+    out = np.zeros(level.shape, level.dtype)
+    assert np.shares_memory(pyramid.read(0, out=out), out)
+    assert np.array_equal(out, pyramid.read(0))
+    with pytest.raises(InputError, match="out must be"):
+        pyramid.read(0, out=out[:, 1:])
+    with pytest.raises(InputError, match="out must be"):
+        pyramid.read(0, out=out.astype(np.uint16))
+
+
+def test_of_a_box_read_once_the_cache_keeps_chunks_that_reach_out_of_it(store):
+    pyramid = open_pyramid(store[0], cache_bytes=1 << 20)
+    whole = open_pyramid(store[0]).read(0)
+    rows, columns = pyramid.levels[0].chunk_shape[1:]
+    start, stop = (0, 0, 0), (3, rows, columns + 1)
+    assert np.array_equal(pyramid.read(0, start, stop, is_once=True), whole[:, :rows, : columns + 1])
+    assert pyramid.read_stats(0).num_chunks == 2
+    # the second chunk comes from the cache, the first does not
+    assert np.array_equal(pyramid.read(0, start, stop), whole[:, :rows, : columns + 1])
+    assert pyramid.read_stats(0).num_chunks == 3
+    assert np.array_equal(pyramid.read(0, start, stop), whole[:, :rows, : columns + 1])
+    assert pyramid.read_stats(0).num_chunks == 3
+
+
+def test_chunks_cut_off_at_the_edge_count_as_whole_in_a_box_read_once(store):
+    pyramid = open_pyramid(store[0], cache_bytes=1 << 20)
+    level = pyramid.levels[0]
+    assert any(n % c for n, c in zip(level.shape, level.chunk_shape, strict=True))
+    pyramid.read(0, is_once=True)
+    num_chunks = pyramid.read_stats(0).num_chunks
+    pyramid.read(0, is_once=True)
+    assert pyramid.read_stats(0).num_chunks == 2 * num_chunks

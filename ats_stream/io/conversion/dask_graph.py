@@ -100,7 +100,7 @@ class _Regions:
     blocks: Sequence[Array]
     parts = None
 
-    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
+    def read(self, start: Sequence[int], stop: Sequence[int], _out: Array | None = None) -> Array:
         """The block of one of the boxes."""
         return self.blocks[self.boxes.index((tuple(start), tuple(stop)))]
 

@@ -67,8 +67,11 @@ class SlideSource(Protocol):
     def source_bytes(self) -> int:
         """Bytes of the files, or of the array."""
 
-    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
-        """Pixels of a box (C, *space) of level 0 that lies inside the image."""
+    def read(self, start: Sequence[int], stop: Sequence[int], out: Array | None = None) -> Array:
+        """Pixels of a box (C, *space) of level 0 that lies inside the image and is read once.
+
+        ``out`` is memory for them, which may be used or not: they are where the result says.
+        """
 
     def stamp_now(self) -> SourceStamp | None:
         """The stamp as it is now: another one means that the source was changed since it was opened."""
@@ -185,8 +188,8 @@ class ArraySlide(Closing):
             del box[1]
         return tuple(box)
 
-    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
-        """A part of the array; a lazy one is computed here."""
+    def read(self, start: Sequence[int], stop: Sequence[int], _out: Array | None = None) -> Array:
+        """A part of the array, a view where that can be; a lazy one is computed here."""
         try:
             part = np.asarray(self._array[self._box(start, stop)], dtype=self.dtype)
         except Exception as error:  # what computes the array may raise anything
@@ -229,9 +232,11 @@ class PyramidSlide(Closing):
         """From the metadata of the store as they are now."""
         return _store_stamp(self._pyramid)
 
-    def read(self, start: Sequence[int], stop: Sequence[int]) -> Array:
+    def read(self, start: Sequence[int], stop: Sequence[int], out: Array | None = None) -> Array:
         """Decode the chunks under the box, several at once, and put them together."""
-        return self._pyramid.read(0, start, stop).astype(self.dtype, copy=False)
+        fits = out is not None and self._pyramid.levels[0].dtype == out.dtype
+        pixels = self._pyramid.read(0, start, stop, out=out if fits else None, is_once=True)
+        return pixels.astype(self.dtype, copy=False)
 
     def read_region(self, y0: int, x0: int, height: int, width: int) -> Array:
         """Pixels (C, height, width) of level 0 of an image (C, y, x)."""

@@ -11,21 +11,20 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from ats_stream.io.conversion.array_writer import encode_block
+from ats_stream.io.conversion.block_encoder import shard_of_block
 from ats_stream.io.conversion.manifest import ManifestEntry, entry_of
 from ats_stream.io.conversion.plan import ConvertPlan, Kind, Shard
+from ats_stream.io.conversion.scratch import Scratch
 from ats_stream.io.layout import parse_array_json
 from ats_stream.io.pyramid import Pyramid
 from ats_stream.io.pyramid_info import Level, PyramidInfo
 from ats_stream.io.reduce import halve
-from ats_stream.io.shard import encode_shard_parts
 from ats_stream.io.sources import StoreSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ats_stream.io.conversion.slides import SlideSource
     from ats_stream.io.conversion.targets import Target
@@ -43,6 +42,8 @@ class ShardBuilder:
     ) -> None:
         self.plan, self.source, self.target = plan, source, target
         self.num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
+        # a block in the making per level, and the frames of the shard that is stored
+        self.scratch = Scratch()
         self._pool = (
             ThreadPoolExecutor(self.num_threads, thread_name_prefix="ats-encode")
             if self.num_threads > 1
@@ -105,10 +106,6 @@ class ShardBuilder:
         place = level.stored_place(shard.place)
         return self._put(shard, shard_parts(tiles, level.spec, place, level.source_level))
 
-    def _store(self, shard: Shard, chunks: Mapping[tuple[int, ...], bytes]) -> ManifestEntry:
-        grid = self.plan.levels[shard.level].spec.grid
-        return self._put(shard, encode_shard_parts(chunks, grid) if chunks else [])
-
     def _put(self, shard: Shard, parts: Sequence[Any]) -> ManifestEntry:
         key = self.plan.key(shard)
         if parts:
@@ -150,22 +147,27 @@ class _Work:
         if is_pending:
             assert block is not None
             stored = _stored_order(block, level.axes.keep)
-            chunks = encode_block(level.spec, stored, self.builder._pool)
-            self.on_done(shard, self.builder._store(shard, chunks))
+            parts = shard_of_block(level.spec, stored, self.builder.scratch, self.builder._pool)
+            self.on_done(shard, self.builder._put(shard, parts))
         return halve(block) if wants_half and block is not None else None
 
     def _from_children(self, shard: Shard, *, wants_block: bool) -> Array | None:
-        level = self.plan.levels[shard.level]
-        start, stop = level.box(shard.place)
         block: Array | None = None
         if wants_block:
-            block = np.empty([b - a for a, b in zip(start, stop, strict=True)], level.spec.dtype)
+            block = self._memory(shard)
         for child, box in self.plan.children(shard):
             if wants_block or child in self.open:
                 half = self.visit(child, wants_half=wants_block)
                 if block is not None:
                     block[box] = half
         return block
+
+    def _memory(self, shard: Shard) -> Array:
+        """Memory for the pixels of a shard; of each level there is one at a time."""
+        level = self.plan.levels[shard.level]
+        start, stop = level.box(shard.place)
+        shape = [b - a for a, b in zip(start, stop, strict=True)]
+        return self.builder.scratch.array(shard.level, shape, level.spec.dtype)
 
     def _pixels(self, shard: Shard, is_pending: bool) -> Array:
         """Pixels of a shard that has none under it that are to be made."""
@@ -177,7 +179,7 @@ class _Work:
             return block
         start, stop = level.box(shard.place)
         if level.kind == Kind.DECODED and is_pending:
-            return self.builder.source.read(start, stop)
+            return self.builder.source.read(start, stop, self._memory(shard))
         return self.builder._stored.read(shard.level, start, stop)
 
 
