@@ -95,11 +95,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ats_stream.predictions.folder import taken
     from ats_stream.predictions.names import unique_names
     from ats_stream.report.slides import NUM_SLIDES
+    from ats_stream.workers.allocator import keep_freed_memory
     from ats_stream.workers.predict import Predictor
 
     out = Path(arguments.out)
     check_out(out, empty=False)
     _check_numbers(arguments)
+    keep_freed_memory()
     cluster = cluster_from(arguments, num_ranks=1)
     predictor = Predictor.load(arguments.run_folder)
     if arguments.pixel_size is not None:

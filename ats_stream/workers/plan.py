@@ -32,6 +32,9 @@ class Visit:
     """Weight of the image in the step's loss; 0 for a visit that only fills the last batch of an epoch."""
     extra_patches: int = 0
     """Patches drawn beyond the sampler's own number."""
+    num_draws: int = 0
+    """Visits of this image at this step, where it is met at no other: its view is read and its attention
+    computed once for all of them, and nothing of it is kept afterwards. 0: others may follow at any time."""
 
 
 @dataclass(frozen=True, kw_only=True)

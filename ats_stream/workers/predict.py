@@ -353,7 +353,7 @@ def _drawn(
     """The items of all draws of each row, or why there are none, in order; ``window`` items are on order."""
     # the stream of draws that a visit of this number has in every epoch of a training
     visits = (
-        Visit(image=row, step=row, stream_id=(draw << 32) + row, version=0, share=1.0)
+        Visit(image=row, step=row, stream_id=(draw << 32) + row, version=0, share=1.0, num_draws=draws)
         for row in rows
         for draw in range(draws)
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 SAMPLER_THREADS = 1
 MAX_OPEN_PYRAMIDS = 1024
 READING_LOCKS = 64
+LOOKS_KEPT = 2
+"""Images whose attention waits for their further draws, which other samplers may have made meanwhile."""
 PIXEL_TYPES = ("uint8", "uint16")
 
 
@@ -86,6 +89,16 @@ class View:
     prior_YX: Array | None
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What all draws of an image by the same weights share."""
+
+    pyramid: Pyramid
+    view: View
+    log_a_1M: torch.Tensor
+    """Log-probabilities of all positions."""
+
+
 class PatchSampler:
     """Turn visits into items; safe between threads, of which one draws at a time.
 
@@ -113,13 +126,20 @@ class PatchSampler:
         self._drawing = threading.Lock()
         # a stripe for each few images: what a visit reads is counted by image
         self._reading = [threading.Lock() for _ in range(READING_LOCKS)]
-        self._open = lru_cache(MAX_OPEN_PYRAMIDS)(StorageOptions.of(storage_options).open)
+        self._looking = [threading.Lock() for _ in range(READING_LOCKS)]
+        self._looks: OrderedDict[tuple[int, int, str], tuple[_Look, int]] = OrderedDict()
+        """Attention of images whose visits say that they are met once, and how many draws are to come."""
+        self._keeping = threading.Lock()
+        self._open_anew = StorageOptions.of(storage_options).open
+        self._open = lru_cache(MAX_OPEN_PYRAMIDS)(self._open_anew)
 
     def read_view(self, image: int) -> View:
         """The low-resolution side of an image, which no weights are needed for; SlideError as in sample."""
-        pyramid = self._open(self.slides[image])
-        level, prior = check_image(pyramid, self.config, num_channels=self.num_channels)
-        return View(pyramid.view(level, cache_bytes=self.config.cache_bytes), prior)
+        return self._view(self._open(self.slides[image]), self.config)
+
+    def _view(self, pyramid: Pyramid, config: SamplerConfig) -> View:
+        level, prior = check_image(pyramid, config, num_channels=self.num_channels)
+        return View(pyramid.view(level, cache_bytes=config.cache_bytes), prior)
 
     def sample(self, visit: Visit, weights: AttentionWeights, view: View | None = None) -> Item:
         """One item; the same for the same visit and weights, whatever was sampled before.
@@ -129,27 +149,18 @@ class PatchSampler:
         """
         start_s = time.perf_counter()
         config, slide = self.config, self.slides[visit.image]
-        pyramid = self._open(slide)
-        view = view or self.read_view(visit.image)
+        look = self._look_once(visit, weights) if visit.num_draws else self._look(visit, weights, view)
+        pyramid, view = look.pyramid, look.view
         map_shape = view.pixels_CYX.shape[1:]
-        with self._drawing, _threads(SAMPLER_THREADS), torch.inference_mode():
-            self._load(weights)
-            logits_1M = self.attention(tensor_of(view.pixels_CYX)[None].to(self.device)).flatten(1)
-            try:
-                log_prior = log_prior_of(view.prior_YX)
-                if log_prior is not None:
-                    log_prior = log_prior.reshape(1, -1).to(self.device)
-                log_a_1M = log_attention(logits_1M, log_prior)
-                drawn = draw(
-                    log_a_1M,
-                    config.num_patches + visit.extra_patches,
-                    scheme=config.scheme,
-                    seed=config.seed,
-                    stream_ids=[visit.stream_id],
-                    map_shape=map_shape,
-                )
-            except InputError as error:
-                raise SlideError(pyramid.slide, f"nothing can be drawn: {error}") from error
+        with self._computing(pyramid):
+            drawn = draw(
+                look.log_a_1M,
+                config.num_patches + visit.extra_patches,
+                scheme=config.scheme,
+                seed=config.seed,
+                stream_ids=[visit.stream_id],
+                map_shape=map_shape,
+            )
         # a draw of the CPU is not copied
         index_N, log_q_N, weight_N = (t[0].cpu() for t in (drawn.index, drawn.log_prob, drawn.weight))
         full, _ = read_levels(pyramid, config)
@@ -176,6 +187,44 @@ class PatchSampler:
             decoded_bytes=after.decoded_bytes - before.decoded_bytes,
             seconds=time.perf_counter() - start_s,
         )
+
+    def _look(self, visit: Visit, weights: AttentionWeights, view: View | None) -> _Look:
+        if visit.num_draws:
+            pyramid = self._open_anew(self.slides[visit.image])
+            view = self._view(pyramid, replace(self.config, cache_bytes=0))
+        else:
+            pyramid = self._open(self.slides[visit.image])
+            view = view or self._view(pyramid, self.config)
+        with self._computing(pyramid):
+            self._load(weights)
+            logits_1M = self.attention(tensor_of(view.pixels_CYX)[None].to(self.device)).flatten(1)
+            log_prior = log_prior_of(view.prior_YX)
+            if log_prior is not None:
+                log_prior = log_prior.reshape(1, -1).to(self.device)
+            return _Look(pyramid, view, log_attention(logits_1M, log_prior))
+
+    def _look_once(self, visit: Visit, weights: AttentionWeights) -> _Look:
+        """The look of all visits of the image at this step; forgotten with the last of them."""
+        key = (visit.image, visit.step, weights.key)
+        with self._looking[visit.image % READING_LOCKS]:
+            with self._keeping:
+                look, num_left = self._looks.pop(key, (None, visit.num_draws))
+            look = look or self._look(visit, weights, None)
+            with self._keeping:
+                if num_left > 1:
+                    self._looks[key] = look, num_left - 1
+                while len(self._looks) > LOOKS_KEPT:
+                    self._looks.popitem(last=False)
+        return look
+
+    @contextmanager
+    def _computing(self, pyramid: Pyramid) -> Iterator[None]:
+        """One image at a time, with a fixed number of threads; SlideError where nothing can be drawn."""
+        with self._drawing, _threads(SAMPLER_THREADS), torch.inference_mode():
+            try:
+                yield
+            except InputError as error:
+                raise SlideError(pyramid.slide, f"nothing can be drawn: {error}") from error
 
     def _load(self, weights: AttentionWeights) -> None:
         if weights.key != self._attention_key:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import shutil
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 from tiny import MODEL, SAMPLER, assert_same_item, make_sampler, table, visit, weights
 
 from ats_stream.errors import SlideError
-from ats_stream.io import PyramidWriter, open_pyramid
+from ats_stream.io import PyramidWriter, StorageOptions, open_pyramid
 from ats_stream.io.storage import stores
 from ats_stream.io.views import VIEWS
+from ats_stream.models import AttentionNet
 from ats_stream.sampling import SCHEMES, draw
 from ats_stream.workers import PatchSampler, SamplerConfig
-from ats_stream.workers.sampler import read_prior, view_level
+from ats_stream.workers.sampler import LOOKS_KEPT, read_prior, view_level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,6 +62,48 @@ def test_an_item_does_not_depend_on_the_cache(archive: Archive, items: list[Item
     sampler = make_sampler(archive, cache_bytes=cache_bytes)
     for one, item in [*zip(VISITS, items, strict=True)] * 2:
         assert_same_item(sampler.sample(one, weights()), item)
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_draws_of_images_met_once_share_one_look_and_leave_nothing(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = [visit(image, epoch=epoch) for image in (0, 3, 1) for epoch in range(3)]
+    apart = [make_sampler(archive).sample(one, weights()) for one in visits]
+    VIEWS.clear()
+    computed: list[int] = []
+    opened: list[weakref.ref[Pyramid]] = []
+    forward, open_ = AttentionNet.forward, StorageOptions.open
+
+    def counted(net: AttentionNet, view_BCYX: torch.Tensor) -> torch.Tensor:
+        computed.append(len(view_BCYX))
+        return forward(net, view_BCYX)
+
+    def followed(options: StorageOptions, source: str) -> Pyramid:
+        pyramid = open_(options, source)
+        opened.append(weakref.ref(pyramid))
+        return pyramid
+
+    monkeypatch.setattr(AttentionNet, "forward", counted)
+    monkeypatch.setattr(StorageOptions, "open", followed)
+    sampler = make_sampler(archive)
+    for one, item in zip(visits, apart, strict=True):
+        # the draws of an image are one step of a prediction
+        once = dataclasses.replace(one, step=one.image, num_draws=3)
+        got = sampler.sample(once, weights())
+        assert_same_item(dataclasses.replace(got, visit=one), item)
+    assert len(computed) == len(opened) == 3
+    gc.collect()
+    assert [pyramid() for pyramid in opened] == [None] * 3
+    assert VIEWS.num_bytes == 0
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_draws_that_others_made_are_waited_for_by_few(archive: Archive) -> None:
+    sampler = make_sampler(archive)
+    for image in range(5):  # the second draw of each is asked of another sampler
+        sampler.sample(dataclasses.replace(visit(image), num_draws=2), weights())
+        assert len(sampler._looks) <= LOOKS_KEPT
 
 
 def chunks_read(samplers: Sequence[PatchSampler], images: Sequence[int]) -> int:
