@@ -425,6 +425,7 @@ class SlidesOnRay(Slides):
         super().__init__(source, target)
         import ray
         from ray.cluster_utils import Cluster
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         share = max(1, NUM_CORES // 2)
         memory_bytes = 256 << 20  # 256 MiB
@@ -440,14 +441,17 @@ class SlidesOnRay(Slides):
         self.cluster.add_node(num_cpus=share, object_store_memory=memory_bytes)
         ray.init(address=self.cluster.address, log_to_driver=False)
 
-        # processes that have imported the package, as the nodes of a cluster that is in use have
+        # processes that have imported the package, as the nodes of a cluster that is in use have; tasks that
+        # may run anywhere would all run where the first process is there
         @ray.remote(num_cpus=1)
         def start() -> str:
             import ats_stream.io
 
             return ats_stream.io.__name__
 
-        ray.get([start.remote() for _ in range(2 * share)])
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        on_nodes = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        ray.get([start.options(scheduling_strategy=on).remote() for on in on_nodes for _ in range(share)])
 
     def stop(self) -> None:
         self.ray.shutdown()
@@ -519,7 +523,9 @@ def _cpu_s() -> float:
 
 
 class _Memory:
-    """The largest sum of resident memory of this process and all that it started, looked at every 50 ms."""
+    """The largest sum of resident memory of this process and all that it started, looked at every 50 ms, or
+    less often where there are so many processes that looking would take a hundredth of a core.
+    """
 
     def __enter__(self) -> _Memory:
         self.peak_bytes = 0
@@ -534,9 +540,12 @@ class _Memory:
 
     def _watch(self) -> None:
         process = psutil.Process()
-        while not self._stop.wait(POLL_S):
+        pause_s = POLL_S
+        while not self._stop.wait(pause_s):
+            began = time.thread_time()
             total = 0
             for one in [process, *process.children(recursive=True)]:
                 with suppress(psutil.Error):
                     total += one.memory_info().rss
             self.peak_bytes = max(self.peak_bytes, total)
+            pause_s = max(POLL_S, 100 * (time.thread_time() - began))

@@ -86,5 +86,4 @@ class FinishCall:
         builder = self.conversion.builder()
         if builder.source.stamp_now() != self.conversion.stamp:
             raise SlideError(builder.source.path, "the file changed while it was converted")
-        builder.scratch.clear()
         return finish(builder)

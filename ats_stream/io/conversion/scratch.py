@@ -26,10 +26,6 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: dict[Hashable, npt.NDArray[np.uint8]] = {}
 
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._memory.clear()
-
     def array(self, name: Hashable, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array in C order of any content."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize

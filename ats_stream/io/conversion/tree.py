@@ -42,8 +42,6 @@ class ShardBuilder:
     ) -> None:
         self.plan, self.source, self.target = plan, source, target
         self.num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
-        # a block in the making per level, and the frames of the shard that is stored
-        self.scratch = Scratch()
         self._pool = (
             ThreadPoolExecutor(self.num_threads, thread_name_prefix="ats-encode")
             if self.num_threads > 1
@@ -124,6 +122,8 @@ class _Work:
     ) -> None:
         self.builder, self.plan = builder, builder.plan
         self.pending, self.on_done = pending, on_done
+        # a block in the making per level, and the frames of the shard that is stored
+        self.scratch = Scratch()
         self.open = set(pending)
         for shard in pending:
             above = self.plan.parent(shard)
@@ -147,7 +147,7 @@ class _Work:
         if is_pending:
             assert block is not None
             stored = _stored_order(block, level.axes.keep)
-            parts = shard_of_block(level.spec, stored, self.builder.scratch, self.builder._pool)
+            parts = shard_of_block(level.spec, stored, self.scratch, self.builder._pool)
             self.on_done(shard, self.builder._put(shard, parts))
         return halve(block) if wants_half and block is not None else None
 
@@ -167,7 +167,7 @@ class _Work:
         level = self.plan.levels[shard.level]
         start, stop = level.box(shard.place)
         shape = [b - a for a, b in zip(start, stop, strict=True)]
-        return self.builder.scratch.array(shard.level, shape, level.spec.dtype)
+        return self.scratch.array(shard.level, shape, level.spec.dtype)
 
     def _pixels(self, shard: Shard, is_pending: bool) -> Array:
         """Pixels of a shard that has none under it that are to be made."""
