@@ -4,8 +4,9 @@
 
 Nothing changes but the convolutions: the view has three axes of space, so have the attention map and the
 patches. First a network learns on made volumes to find a bead and say whether it is hollow, which only
-full resolution shows. Then the same kind of model looks at a file; of it only the view and the drawn
-patches are read. Time may be an axis like any other. Without files a volume and a video are made.
+full resolution shows; about 150 steps teach it that, and all 200 take a few minutes on two cores. Then the
+same kind of model looks at a file; of it only the view and the drawn patches are read. Time may be an axis
+like any other. Without files a volume and a video are made.
 """
 
 from __future__ import annotations
