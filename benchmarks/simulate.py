@@ -5,10 +5,11 @@
 
 What is simulated is what ats_stream.workers does: each rank keeps up to ``window`` items on order, in the
 plan's order, as far as the versions of the attention that draw them exist; an item goes to the rank's sampler
-that owes the fewest; a step takes its items in order, computes, and ends when all ranks have, after the
-gradients went round; then the next version exists. Times are drawn, seeded, from those that were measured, so
-two runs that differ in lag or window alone see the same times. ``simulate_check.py`` measures the times and
-holds the simulation to real runs.
+that owes the fewest, which has several under way: one computes, the others wait for storage. A step takes its
+items in order, computes, and ends when all ranks have, after the gradients went round; then the next version
+exists. Views of what else the window holds are read before. Times are drawn, seeded, from those that were
+measured, so two runs that differ in lag or window alone see the same times. ``simulate_check.py`` measures
+the times and holds the simulation to real runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import simpy
 
 from ats_stream.workers.plan import Plan
+from ats_stream.workers.ray_executor import ITEMS_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -46,6 +48,8 @@ class Times:
     """A rank's computing for one step, its items at hand."""
     sampler_io_s: Sequence[float] = (0.0,)
     """A sampler's waiting for storage for one item, which takes no core."""
+    view_io_s: Sequence[float] = (0.0,)
+    """A sampler's waiting for the view of an image, which may come before the attention that draws on it."""
     delivery_s: float = 0.0
     """What ordering and taking an item costs the rank."""
     crowded: float = 1.0
@@ -58,6 +62,8 @@ class Cluster:
 
     num_ranks: int = 1
     samplers_per_rank: int = 1
+    items_at_once: int = ITEMS_AT_ONCE
+    """Items that a sampler has under way; one of them computes."""
     window: int = 16
     items_per_rank: int = 4
     """Items of each rank in a step."""
@@ -176,8 +182,13 @@ class Rank:
         self._step_s = rng.choice(times.step_s, cluster.num_steps)
         self._owed = [0] * cluster.samplers_per_rank
         self._queues = [simpy.Store(self.env) for _ in self._owed]
+        self._view_io_s = rng.choice(times.view_io_s, num_items)
+        self._computing = [simpy.Resource(self.env, 1) for _ in self._owed]
         for sampler in range(cluster.samplers_per_rank):
-            self.env.process(self._sampler(sampler))
+            for _ in range(cluster.items_at_once):
+                self.env.process(self._sampler(sampler))
+        self._views: dict[int, simpy.Event] = {}
+        """Views that are read, or being read, of items that no attention exists for yet."""
         self._pending: deque[simpy.Event] = deque()
         self._ordered = 0
 
@@ -207,6 +218,7 @@ class Rank:
         while len(self._pending) < cluster.window and self._ordered < len(self._cpu_s):
             step = self._ordered // cluster.items_per_rank
             if not self.simulation.version_exists(plan.version_of(step)):
+                self._read_ahead()
                 break
             sampler = min(range(len(self._owed)), key=self._owed.__getitem__)
             self._owed[sampler] += 1
@@ -215,6 +227,13 @@ class Rank:
             self._pending.append(done)
             self._ordered += 1
 
+    def _read_ahead(self) -> None:
+        """Begin to read the views of what else the window holds."""
+        end = min(self._ordered + self.simulation.cluster.window - len(self._pending), len(self._cpu_s))
+        for number in range(self._ordered, end):
+            if number not in self._views:
+                self._views[number] = self.env.timeout(self._view_io_s[number])
+
     def _sampler(self, sampler: int) -> Generator[Any, Any, None]:
         simulation, cluster = self.simulation, self.simulation.cluster
         while True:
@@ -222,8 +241,11 @@ class Rank:
             if simulation.trace:
                 step = number // cluster.items_per_rank
                 simulation.outcome.starts.append((self.env.now, step, simulation.plan.version_of(step)))
+            yield self._views.pop(number, None) or self.env.timeout(self._view_io_s[number])
             yield self.env.timeout(self._io_s[number])
-            yield from simulation.compute(self._cpu_s[number])
+            with self._computing[sampler].request() as turn:
+                yield turn
+                yield from simulation.compute(self._cpu_s[number])
             done.succeed(sampler)
 
 

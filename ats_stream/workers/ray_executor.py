@@ -38,11 +38,12 @@ WIDEST_PIXEL_BYTES = 2
 class RayExecutor:
     """A pool of sampler actors owned by this process, so that they die with it.
 
-    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items. An item that
-    takes much longer than its peers, and at least ``hedge_after_s`` (0: never), is asked of another actor as
-    well and the first answer taken; actors that owe such a late answer are the last to be asked. With
-    ``near`` actors are put on this process's node while it has room; their answers come through memory that
-    they share with it. ``actor`` is another class of actors with the calls of SamplerActor.
+    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items, each of which has
+    up to ``items_at_once`` under way. An item that takes much longer than its peers, and at least
+    ``hedge_after_s`` (0: never), is asked of another actor as well and the first answer taken; actors that
+    owe such a late answer are the last to be asked. With ``near`` actors are put on this process's node while
+    it has room; their answers come through memory that they share with it. ``actor`` is another class of
+    actors with the calls of SamplerActor.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RayExecutor:
         gpus_per_sampler: float = 0.0,
         hedge_after_s: float = DEFAULT_HEDGE_AFTER_S,
         near: bool = False,
+        items_at_once: int = ITEMS_AT_ONCE,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
         actor: Any = None,
     ) -> None:
@@ -70,7 +72,9 @@ class RayExecutor:
             num_gpus=gpus_per_sampler,
             max_restarts=ACTOR_RESTARTS,
             max_task_retries=CALL_RETRIES,
-            max_concurrency=ITEMS_AT_ONCE,
+            max_concurrency=items_at_once,
+            # what Ray notes down of each call for its dashboard costs as much as the call
+            enable_task_events=False,
             scheduling_strategy=_near_this_process() if near else None,
         )
         self._slides, self._labels = slides, labels
@@ -190,12 +194,14 @@ class RayExecutor:
         if call.place is not None and self._shelf is not None and is_over:
             self._shelf.give_back(call.place)
 
-    def _received(self, call: _Call) -> Item | None:
+    def _received(self, call: _Call, timeout_s: float | None = None) -> Item | None:
         """The item that a call was answered with, or None where weights were missing; errors as they came."""
         import ray
 
         try:
-            answer: bytes | Item | None = ray.get(call.reference)
+            answer: bytes | Item | None = ray.get(call.reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise
         except ray.exceptions.RayError as error:
             self._settle(call, is_over=not isinstance(error, ray.exceptions.ActorUnavailableError))
             raise
@@ -305,36 +311,47 @@ class _Remote:
 
         if self._visit.image in self._executor._deadly:
             raise self._executor._deadly[self._visit.image]
-        limit_s = self._executor._limit_s(self._calls[0])
-        if limit_s is not None and not ray.wait([self._calls[0].reference], timeout=limit_s)[0]:
+        try:
+            item = self._answered(self._executor._limit_s(self._calls[0]))
+        except ray.exceptions.GetTimeoutError:
             self.ask()
             self._executor.num_hedged += 1
-        item = None
+            item = self._answered()
         while item is None:
             item = self._answered()
         self._executor._patience.note(item.seconds)
         return item
 
-    def _answered(self) -> Item | None:
-        """What the first call is answered with; None if the weights did not reach, and it was asked again."""
+    def _answered(self, timeout_s: float | None = None) -> Item | None:
+        """What the first call is answered with; None if the weights did not reach, and it was asked again.
+
+        Of a single call, GetTimeoutError after ``timeout_s``.
+        """
         import ray
 
         answered = self._first()
         others = [call for call in self._calls if call is not answered]
         try:
-            item = self._executor._received(answered)
+            item = self._executor._received(answered, timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise
         except ray.exceptions.RayTaskError as error:
+            self._leave(others)
             # our own error, in its own words; any other is a bug and keeps the actor's traceback
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, AtsStreamError) else error) from None
         except ray.exceptions.RayActorError:
+            self._leave(others)
             return self._executor._alone(self._visit, self._published)
-        finally:
-            self._executor._late += others
-            self._calls = []
+        self._leave(others)
         if item is None:
             self.ask(answered.number)
         return item
+
+    def _leave(self, late: Sequence[_Call]) -> None:
+        """Nothing is waited for any more."""
+        self._executor._late += late
+        self._calls = []
 
     def _first(self) -> _Call:
         """The call that is answered first; one whose actor has died for good only if the other has too."""
