@@ -75,8 +75,8 @@ class Size:
     overlap_steps: int = 40
     overlap_turns: int = 1
     samplers: int = 4
-    feature_width: int = 64
-    """Of the network in overlap: so wide that a step computes for about as long as its items take."""
+    feature_width: int = 96
+    """Of the network in overlap: so wide that a rank computes for longer than samplers take for its items."""
     latency_ms: float = 30.0
     view_px: int = 494
     cells_px: tuple[int, ...] = (64, 200, 648)
