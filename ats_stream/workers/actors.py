@@ -14,6 +14,7 @@ from ats_stream.errors import ClusterError
 from ats_stream.workers.allocator import keep_freed_memory
 from ats_stream.workers.handover import Neighbour, unpickled
 from ats_stream.workers.protocol import AttentionWeights
+from ats_stream.workers.ray_executor import VIEWS_AHEAD
 from ats_stream.workers.sampler import PatchSampler
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 VERSIONS_KEPT = 4
 """Versions of the attention that a sampler holds: calls for two may be under way at once."""
-VIEWS_AHEAD = 16
-"""Views that were read ahead and wait for the weights that draw from them."""
 READS_AHEAD = 4
 """Views that are read ahead at a time."""
 

@@ -28,6 +28,8 @@ TRIES_ALONE = 2
 """How often an item is asked for once more, of a sampler that does nothing else, until it is to blame."""
 ITEMS_AT_ONCE = 4
 """Items that a sampler has under way: while one waits for storage, others compute."""
+VIEWS_AHEAD = 16
+"""Views that a sampler has read ahead, which wait for the weights that draw from them."""
 VERSIONS_KEPT = 8
 MAX_AHEAD = 1024
 VIEW_BYTES = 64 << 20  # 64 MiB

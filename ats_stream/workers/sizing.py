@@ -1,7 +1,8 @@
 """What a run takes from storage, memory and network, computed before it runs. Pure: nothing is opened here.
 
 Shape letters: N patches of P x P pixels, C channels, M = Y * X positions of the view, B images of a rank's
-step, W channels inside a network, L convolutions of the attention network, K chunks.
+step, W channels inside a network, L convolutions of the attention network, K chunks, Q items that a
+sampler has under way at once, Q_V views that it reads ahead.
 
 **Reading.** A patch at a position touches the chunks that its box overlaps. Let ``n_k`` be the number of
 drawable positions whose patch touches chunk k, of A drawable positions. While attention is even, N positions
@@ -21,6 +22,11 @@ in, whose channels are rounded up to a vector's 16 floats; then the patches:
 
     M (C s + 4 C + 4 W_in + 4 W + 4 ceil16(W)) + N C P^2 s,    W_in = W if L > 1 else 0
 
+That is while one item is computed; the others that it has under way at once hold their log-probabilities and
+their arrays, and views that were read ahead wait beside those that are kept:
+
+    V + (Q - 1) (8 M + item),    V = max(views kept, Q_V views)
+
 **A rank's step** keeps for the backward pass, of each image, the view in float32, every layer's output and 11
 bytes a position around the softmax and the entropy. It is at its highest in the backward pass, either while
 the feature network's two float32 copies of each patch and its layers' outputs are there, or, when these are
@@ -36,7 +42,8 @@ in that of its process; what CUDA itself takes is not in it.
 
 **The object store** of a node holds the windows of its ranks; to leave room for what Ray itself keeps, they
 may fill half of it: ``2 * ranks on the node * window``, a window being ``window * item`` bytes, or
-``window_bytes`` if that is less, or a step's items if these are more than that.
+``window_bytes`` if that is less, or a step's items if these are more than that. Items of samplers on the
+rank's own node lie in memory that both share, which takes its place.
 """
 
 from __future__ import annotations
@@ -48,6 +55,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ats_stream.sampling import patch_offsets
+from ats_stream.workers.ray_executor import ITEMS_AT_ONCE, VIEWS_AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -309,7 +317,10 @@ def size_up(images: Sequence[ImageFacts], model: ModelConfig, shape: Shape) -> S
         for one in images
     )
     step_work += 4 * shape.num_parameters * shape.has_average
-    sampler = SAMPLER_PROCESS_BYTES + int(min(shape.view_cache_bytes, all_views)) + sampler_work
+    views = max(min(shape.view_cache_bytes, all_views), min(VIEWS_AHEAD, shape.num_images) * max(kept))
+    positions = max(one.num_positions for one in images)
+    others = (ITEMS_AT_ONCE - 1) * (8 * positions + item)
+    sampler = SAMPLER_PROCESS_BYTES + int(views) + sampler_work + others
     # a step's items are copied out of the object store into tensors; without a GPU all the rest is there too
     on_host = shape.images_per_rank * item if shape.use_gpu else step_work
     rank = RANK_PROCESS_BYTES + on_host

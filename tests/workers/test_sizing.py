@@ -25,6 +25,7 @@ from ats_stream.models import Batch, ModelConfig, PatchClassifier
 from ats_stream.sampling import patch_offsets
 from ats_stream.workers.probe import probe
 from ats_stream.workers.sizing import (
+    SAMPLER_PROCESS_BYTES,
     ImageFacts,
     Rates,
     Shape,
@@ -302,6 +303,13 @@ def test_sizes_follow_the_cluster() -> None:
     # a fifth of the views fit into memory
     fifth = dataclasses.replace(shape, view_cache_bytes=100 * 3 * 64 * 64 // 5)
     assert size_up([image(64)], config, fifth).view_bytes_later == pytest.approx(0.8e5)
+    # a sampler computes one item and holds three more; views that are read ahead find room in any case
+    one_view = 3 * 64 * 64
+    beside = SAMPLER_PROCESS_BYTES + base.sampler_work_bytes + 3 * (8 * 64 * 64 + base.item_bytes)
+    assert base.sampler_bytes == beside + 100 * one_view
+    assert size_up([image(64)], config, fifth).sampler_bytes == beside + 20 * one_view
+    tenth = dataclasses.replace(shape, view_cache_bytes=100 * one_view // 10)
+    assert size_up([image(64)], config, tenth).sampler_bytes == beside + 16 * one_view
     # an average takes 4 bytes a parameter more; accumulation holds fewer images at a time
     averaged = size_up([image(64)], config, dataclasses.replace(shape, has_average=True))
     assert averaged.step_work_bytes == base.step_work_bytes + 4 * shape.num_parameters
