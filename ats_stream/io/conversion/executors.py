@@ -5,6 +5,7 @@ All of them give the same bytes. An executor is closed by the run that it was ma
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -272,7 +273,7 @@ def _tell_of_shards(call: Call) -> Iterator[tuple[Any, ...]]:
             return
         told.put(("end", result))
 
-    threading.Thread(target=work, name="ats-convert", daemon=True).start()
+    _thread_of_calls().put(work)
     while True:
         kind, *content = told.get()
         if kind == "raise":
@@ -280,6 +281,19 @@ def _tell_of_shards(call: Call) -> Iterator[tuple[Any, ...]]:
         yield kind, *content
         if kind == "end":
             return
+
+
+@functools.cache
+def _thread_of_calls() -> SimpleQueue[Callable[[], None]]:
+    """What feeds the thread of a Ray worker that makes its calls: one, since threads keep memory for later."""
+    given: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            given.get()()
+
+    threading.Thread(target=serve, name="ats-convert", daemon=True).start()
+    return given
 
 
 def _first_line(error: BaseException) -> str:
