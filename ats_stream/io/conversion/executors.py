@@ -285,7 +285,7 @@ def _tell_of_shards(call: Call) -> Iterator[tuple[Any, ...]]:
 
 @functools.cache
 def _thread_of_calls() -> SimpleQueue[Callable[[], None]]:
-    """What feeds the thread of a Ray worker that makes its calls: one, since threads keep memory for later."""
+    """Feeds the thread in which a Ray worker makes its calls: one, for threads keep memory to use again."""
     given: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def serve() -> None:
