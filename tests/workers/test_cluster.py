@@ -183,10 +183,10 @@ def test_a_cluster_too_small_is_refused_before_anything_is_written(
     assert ray_local.is_initialized()  # a cluster that was there before stays
 
 
-def start_command(archive: Archive, folder: Path) -> subprocess.Popen[str]:
+def start_command(archive: Archive, folder: Path, *options: str) -> subprocess.Popen[str]:
     """The command as a user starts it, with a Ray of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ats_stream.cli", "train", archive.path, *OPTIONS],
+        [sys.executable, "-m", "ats_stream.cli", "train", archive.path, *OPTIONS, *options],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
@@ -220,7 +220,7 @@ def signal_after_an_epoch(process: subprocess.Popen[str], number: int) -> str:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_command_in_one_line_and_leaves_no_process(archive: Archive, tmp_path: Path) -> None:
-    process = start_command(archive, tmp_path)
+    process = start_command(archive, tmp_path, "--epochs", "40")
     assert signal_after_an_epoch(process, signal.SIGINT) == "ats-stream: interrupted\n"
     assert process.returncode == 130
     # and the run can be taken up
