@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ats_stream.compiled import compiled_module
 from ats_stream.io.sources import ChunkError, ChunkSource, RawChunk, StoreSource
-from ats_stream.io.zstd_library import pread_address, zstd_library
+from ats_stream.io.zstd_library import address_of, pread_address, zstd_library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Placer:
             return
         of_chunks = plan.first_piece, self._rows_P, plan.piece_source, plan.piece_target, plan.piece_size
         self._pieces = tuple(np.ascontiguousarray(a, np.int64) for a in of_chunks)
-        self._memory = _address(out), _numbers(out.shape), _numbers(out.strides), out.itemsize
+        self._memory = address_of(out), _numbers(out.shape), _numbers(out.strides), out.itemsize
         self._layout = _zstd_layout(job.source)
         # chunks that are to be kept must become arrays of their own
         is_frame = self._layout is not None and job.cache is None and job.source.dtype == out.dtype
@@ -136,7 +137,7 @@ class Placer:
         chunks = [np.asarray(chunk, self.out.dtype) for _, chunk in arrays]
         numbers = [number for number, _ in arrays]
         done = self._code.place(
-            _numbers([_address(chunk) for chunk in chunks]),
+            _numbers([address_of(chunk) for chunk in chunks]),
             _numbers([chunk.strides for chunk in chunks]),
             _numbers([chunk.shape for chunk in chunks]),
             _numbers(numbers),
@@ -152,7 +153,7 @@ class Placer:
         # a byte more, because no bytes have no address
         data = np.frombuffer(b"".join([*(raw.data for _, raw in frames), b"\0"]), np.uint8)
         sizes_K = _numbers([len(raw.data) for _, raw in frames])
-        data_K2 = np.stack([_address(data) + np.cumsum(sizes_K) - sizes_K, sizes_K], axis=1)
+        data_K2 = np.stack([address_of(data) + np.cumsum(sizes_K) - sizes_K, sizes_K], axis=1)
         is_done_K = self._run_zstd(-1, data_K2, _numbers([number for number, _ in frames]))
         for k in np.flatnonzero(~is_done_K).tolist():
             self._place_plainly(*frames[k])
@@ -182,9 +183,9 @@ class Placer:
         self._code.place_zstd(
             is_done_K,
             (pread_address() or 0, self._zstd.decompress),
-            (file, _address(frame)),
+            (file, address_of(frame)),
             data_K2,
-            (_kept.zstd.address, _address(chunk), nbytes),
+            (_kept.zstd.address, address_of(chunk), nbytes),
             (shape, strides),
             numbers_K,
             self._pieces,
@@ -196,14 +197,9 @@ class Placer:
 _kept = threading.local()
 
 
-@functools.cache
 def compiled_code() -> Any:
     """The compiled way, None where numba cannot be used; numba is imported at the first call."""
-    try:
-        from ats_stream.io import place_numba
-    except Exception:  # whatever keeps numba from working: slices do the same
-        return None
-    return place_numba
+    return compiled_module("ats_stream.io.place_numba")
 
 
 def _zstd_layout(source: ChunkSource) -> tuple[int, Int, Int] | None:
@@ -214,10 +210,6 @@ def _zstd_layout(source: ChunkSource) -> tuple[int, Int, Int] | None:
 
 def _is_plain_memory(out: Array) -> bool:
     return out.flags.writeable and out.dtype.isnative and out.itemsize in (1, 2, 4, 8)
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _numbers(values: Any) -> Int:

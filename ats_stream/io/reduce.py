@@ -6,13 +6,14 @@ is there. Shape letters: C channels, Y rows, X columns.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ats_stream.compiled import compiled_module
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,14 +85,9 @@ def _is_worth_loading(num_values: int) -> bool:
     return _halved.num_values >= LOADED_AFTER
 
 
-@functools.cache
 def _compiled_code() -> Any:
     """The compiled way, None where numba cannot be used; numba is imported at the first call."""
-    try:
-        from ats_stream.io import reduce_numba
-    except Exception:  # whatever keeps numba from working: numpy does the same
-        return None
-    return reduce_numba
+    return compiled_module("ats_stream.io.reduce_numba")
 
 
 def _mean_of_pairs(block: Array) -> Array:

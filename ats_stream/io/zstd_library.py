@@ -11,12 +11,14 @@ import functools
 import importlib.util
 from contextlib import suppress
 from ctypes.util import find_library
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy.typing as npt
 
 _PROBE = b"zstd " * 9
 # what takes many kinds of sequences to encode
@@ -106,6 +108,11 @@ class ZstdEncoderContext:
     def __del__(self) -> None:
         if getattr(self, "address", 0):
             self.library._free(self.address)
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Where the first element of an array lies."""
+    return int(array.__array_interface__["data"][0])
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ats_stream.compiled import compiled_module
 from ats_stream.kernels import gather_torch
 from ats_stream.kernels.orientation import NUM_AXES, SOURCES
 from ats_stream.kernels.table import three
@@ -164,10 +164,6 @@ def _gather_compiled(code: ModuleType, request: Request, out: torch.Tensor, chan
             list(pool.map(run, parts))
 
 
-@functools.cache
 def _numba_code() -> ModuleType | None:
-    try:
-        from ats_stream.kernels import gather_numba
-    except Exception:  # whatever keeps numba from working: torch does the same
-        return None
-    return gather_numba
+    code: ModuleType | None = compiled_module("ats_stream.kernels.gather_numba")
+    return code

@@ -8,7 +8,6 @@ Shapes: B rows, M positions, K arrivals kept, L levels of a sum.
 
 from __future__ import annotations
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ats_stream.compiled import compiled_module
 from ats_stream.errors import InputError
 from ats_stream.kernels.arithmetic import NUM_LEVELS
 
@@ -170,10 +170,6 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided(((num_rows - 1) * tensor.stride(0) + num_columns,), (1,))
 
 
-@functools.cache
 def _numba_code() -> ModuleType | None:
-    try:
-        from ats_stream.kernels import sample_numba
-    except Exception:  # whatever keeps numba from working: torch does the same
-        return None
-    return sample_numba
+    code: ModuleType | None = compiled_module("ats_stream.kernels.sample_numba")
+    return code

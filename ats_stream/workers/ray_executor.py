@@ -180,7 +180,7 @@ class RayExecutor:
             ready = set(found)
             for call in calls:
                 if call.reference in ready:
-                    self._settle(call, is_over=_is_over(call.reference))
+                    self._settle(call, is_over=_is_over(_error_of(call.reference)))
             self._late = [call for call in self._late if call.reference not in ready]
             self._abandoned = [call for call in self._abandoned if call.reference not in ready]
 
@@ -205,7 +205,7 @@ class RayExecutor:
         except ray.exceptions.GetTimeoutError:
             raise
         except ray.exceptions.RayError as error:
-            self._settle(call, is_over=not isinstance(error, ray.exceptions.ActorUnavailableError))
+            self._settle(call, is_over=_is_over(error))
             raise
         if isinstance(answer, bytes):
             assert self._shelf is not None
@@ -335,8 +335,6 @@ class _Remote:
         others = [call for call in self._calls if call is not answered]
         try:
             item = self._executor._received(answered, timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise
         except ray.exceptions.RayTaskError as error:
             self._leave(others)
             # our own error, in its own words; any other is a bug and keeps the actor's traceback
@@ -363,36 +361,36 @@ class _Remote:
         while len(waiting) > 1:
             [reference], _ = ray.wait([call.reference for call in waiting], num_returns=1)
             answered = next(call for call in waiting if call.reference == reference)
-            if not _has_died(reference):
+            if not _has_died(_error_of(reference)):
                 return answered
             waiting.remove(answered)
         return waiting[0]
 
 
-def _is_over(reference: Any) -> bool:
-    """Whether an actor is through with a call that has come back, however that ended."""
+def _is_over(error: Exception | None) -> bool:
+    """Whether an actor is through with a call that came back with an error or, None, without."""
+    import ray
+
+    return not isinstance(error, ray.exceptions.ActorUnavailableError)
+
+
+def _has_died(error: Exception | None) -> bool:
+    """Whether a call came back with the death of its actor."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayActorError)
+
+
+def _error_of(reference: Any) -> Exception | None:
+    """The error that a call has come back with, None for an answer."""
     import ray
 
     try:
         ray.get(reference)
-    except ray.exceptions.ActorUnavailableError:
-        return False
-    except ray.exceptions.RayError:
-        return True
-    return True
-
-
-def _has_died(reference: Any) -> bool:
-    """Whether an answer that has come is the death of its actor."""
-    import ray
-
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayActorError:
-        return True
-    except ray.exceptions.RayError:
-        return False
-    return False
+    except ray.exceptions.RayError as error:
+        failed: Exception = error
+        return failed
+    return None
 
 
 def _near_this_process() -> Any:

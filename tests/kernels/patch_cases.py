@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ats_stream.kernels import ChunkTable
-from ats_stream.kernels.gather_calls import PatchesCall
+from ats_stream.kernels.gather_calls import OUTPUT_TYPES, PatchesCall
 from ats_stream.kernels.orientation import NUM_CODES, parts, source_size
 from ats_stream.kernels.rounding import fma_float32
+from ats_stream.kernels.table import PIXEL_TYPES
 from ats_stream.sampling.patches import on_bits
 from ats_stream.sampling.transforms import Intensity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FAR = 1 << 62  # an offset with which a sum would overflow
 FILL, ABSENT = 9.0, 3.0
@@ -155,6 +161,22 @@ def make(
         ABSENT,
     )
     return Made(call, fma_float32(raw_NCS, scale_C.view(wide), shift_C.view(wide)).to(output))
+
+
+def make_all(geometry: Geometry, layout: Layout, *, adjust_every: int = 3) -> Iterator[Made]:
+    """Every pair of types, both memory formats, moved or not, at four alignments."""
+    switches = itertools.product(PIXEL_TYPES, OUTPUT_TYPES, (False, True), (False, True))
+    for number, (pixels, output, channels_last, is_moved) in enumerate(switches):
+        yield make(
+            geometry,
+            layout,
+            pixels,
+            output,
+            channels_last=channels_last,
+            is_moved=is_moved,
+            is_adjusted=number % adjust_every == 0,
+            start=number % 4,
+        )
 
 
 def store(

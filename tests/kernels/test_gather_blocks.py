@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exact import bits
-from patch_cases import Geometry, Layout, make
+from patch_cases import Geometry, Layout, make_all
 
 from ats_stream.kernels import gather_crops
 from ats_stream.kernels.gather_blocks import LENGTH
@@ -16,7 +16,6 @@ from ats_stream.kernels.gather_calls import OUTPUT_TYPES
 from ats_stream.kernels.gather_cpu import compiled_path
 from ats_stream.kernels.memory import SMALLEST_BYTES, ask_for_huge_pages
 from ats_stream.kernels.orientation import quarter_turn
-from ats_stream.kernels.table import PIXEL_TYPES
 
 WIDE = (
     Geometry(spaces=((300,), (90,)), chunk=(2 * LENGTH + 9,), patch=(3 * LENGTH + 1,)),
@@ -34,21 +33,10 @@ LAYOUTS = (
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("geometry", WIDE, ids=str)
 def test_wide_patches(geometry: Geometry, layout: Layout) -> None:
-    switches = itertools.product(PIXEL_TYPES, OUTPUT_TYPES, (False, True), (False, True))
-    for number, (pixels, output, channels_last, is_moved) in enumerate(switches):
-        made = make(
-            geometry,
-            layout,
-            pixels,
-            output,
-            channels_last=channels_last,
-            is_moved=is_moved,
-            is_adjusted=number % 5 == 0,
-            start=number % 4,
-        )
+    for made in make_all(geometry, layout, adjust_every=5):
         with compiled_path(True):
             got = torch.ops.ats_stream.gather_patches(*made.call)
-        assert torch.equal(bits(got.contiguous()), bits(made.expected_NCS)), (pixels, output)
+        assert torch.equal(bits(got.contiguous()), bits(made.expected_NCS)), made.call
 
 
 @pytest.mark.parametrize("num_pixels", [LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 3 * LENGTH - 1])

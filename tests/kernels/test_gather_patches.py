@@ -23,6 +23,7 @@ from patch_cases import (
     adjusted,
     codes_of,
     make,
+    make_all,
     move,
     random_pixels,
 )
@@ -84,20 +85,9 @@ def check(made: Made, module: CpuModule | None, *, with_torch: bool) -> None:
 def test_every_path_gives_the_bits_of_slices(
     module: CpuModule | None, geometry: Geometry, layout: Layout
 ) -> None:
-    switches = itertools.product(PIXEL_TYPES, OUTPUT_TYPES, (False, True), (False, True))
-    for number, (pixels, output, channels_last, is_moved) in enumerate(switches):
-        made = make(
-            geometry,
-            layout,
-            pixels,
-            output,
-            channels_last=channels_last,
-            is_moved=is_moved,
-            is_adjusted=number % 3 == 0,
-            start=number % 4,
-        )
+    for made in make_all(geometry, layout):
         # the rounding of the torch path is that of torch itself: one output is enough there
-        check(made, module, with_torch=output == torch.float32)
+        check(made, module, with_torch=made.call.dtype == torch.float32)
 
 
 SIDES = st.integers(1, 40)

@@ -9,7 +9,6 @@ Shape letters: K chunks, D axes.
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import threading
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ats_stream.compiled import compiled_module
 from ats_stream.io.conversion.array_writer import encode_block, encode_chunk
 from ats_stream.io.conversion.scratch import Scratch
 from ats_stream.io.layout import grid_shape
 from ats_stream.io.shard import encode_shard_parts, shard_tail
-from ats_stream.io.zstd_library import ZstdEncoder, ZstdEncoderContext, zstd_encoder
+from ats_stream.io.zstd_library import ZstdEncoder, ZstdEncoderContext, address_of, zstd_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,13 +103,13 @@ class _CompiledRows:
         pixels = _kept.scratch.array("chunk", (self._nbytes,), np.uint8)
         total: int = self._code.encode_row(
             nbytes_K,
-            _address(row),
+            address_of(row),
             self._layout[2],
             self._layout,
             self._fill,
-            (pixels, _address(pixels)),
+            (pixels, address_of(pixels)),
             (self._library.compress, _kept.context(self._library, self.spec.codec.level).address),
-            (_address(frames), len(frames)),
+            (address_of(frames), len(frames)),
         )
         return total
 
@@ -143,15 +143,6 @@ def _code_for(spec: ArraySpec, block: Array) -> Any:
     return compiled_code() if is_loaded else None
 
 
-@functools.cache
 def compiled_code() -> Any:
-    """The compiled way, None where numba cannot be used."""
-    try:
-        from ats_stream.io.conversion import encode_numba
-    except Exception:  # whatever keeps numba from working: chunks are encoded one by one
-        return None
-    return encode_numba
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
+    """The compiled way, None where numba cannot be used; chunks are encoded one by one then."""
+    return compiled_module("ats_stream.io.conversion.encode_numba")

@@ -263,16 +263,11 @@ class FileSlide(PyramidSlide):
         companions = parts.companions()
         stamp = _files_stamp(parts.path, [parts.stamp, *map(file_stamp, companions)])
         super().__init__(pyramid, stamp)
+        self.source_bytes = stamp.nbytes
         self.parts = parts
-        self._nbytes = stamp.nbytes
         self._files = (parts.path, *map(str, companions))
         # of axes without a size (time) nothing is known
         self.pixel_size_um = parts.pixel_size_um
-
-    @cached_property
-    def source_bytes(self) -> int:
-        """Bytes of all files of the slide."""
-        return self._nbytes
 
     def stamp_now(self) -> SourceStamp | None:
         """Size and time of change of the slide's files; None when one is gone."""
