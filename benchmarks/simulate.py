@@ -263,12 +263,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--samplers", type=int, default=4, help="of each rank (%(default)s)")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--times", type=Path, default=RESULTS, help="JSON with 'times' (%(default)s)")
+    parser.add_argument("--times", type=Path, default=RESULTS, help="JSON of simulate_check.py (%(default)s)")
     parser.add_argument("--write", action="store_true", help="keep the table in the file of the times")
     arguments = parser.parse_args()
     content = json.loads(arguments.times.read_text())
     found = sweep(
         Times(**content["times"]),
+        Times(**content["times_in_turns"]),
         ranks=arguments.ranks,
         lags=arguments.lags,
         windows=arguments.windows,
@@ -286,15 +287,24 @@ def main() -> None:
 
 
 def sweep(
-    times: Times, *, ranks: Sequence[int], lags: Sequence[int], windows: Sequence[int], base: Cluster
+    times: Times,
+    times_in_turns: Times,
+    *,
+    ranks: Sequence[int],
+    lags: Sequence[int],
+    windows: Sequence[int],
+    base: Cluster,
 ) -> list[dict[str, float]]:
-    """Every lag at the widest window, and every window at the longest lag, for each number of ranks."""
+    """Every lag at the widest window, and every window at the longest lag, for each number of ranks.
+
+    ``times_in_turns`` are those of lag 0.
+    """
     rows = []
     for num_ranks in ranks:
         pairs = dict.fromkeys([*((lag, max(windows)) for lag in lags), *((max(lags), w) for w in windows)])
         for lag, window in pairs:
             cluster = Cluster(**{**vars(base), "num_ranks": num_ranks, "lag": lag, "window": window})
-            shares = simulate(times, cluster)
+            shares = simulate(times if lag else times_in_turns, cluster)
             rows.append({"ranks": num_ranks, "lag": lag, "window": window, **shares})
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ats_stream.errors import AtsStreamError, ClusterError, SlideError
@@ -40,7 +40,8 @@ WIDEST_PIXEL_BYTES = 2
 class RayExecutor:
     """A pool of sampler actors owned by this process, so that they die with it.
 
-    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items, each of which has
+    Ray must be running (``ray.init``). A call goes to the actor that owes the fewest items, or to the one
+    that met the image last, and so has it open and its view at hand, if that owes at most one more; each has
     up to ``items_at_once`` under way. An item that takes much longer than its peers, and at least
     ``hedge_after_s`` (0: never), is asked of another actor as well and the first answer taken; actors that
     owe such a late answer are the last to be asked. With ``near`` actors are put on this process's node while
@@ -94,6 +95,8 @@ class RayExecutor:
         self._ahead: OrderedDict[Visit, int] = OrderedDict()
         """Which actor reads the view of a visit that cannot be asked for yet."""
         self._last_ahead: list[Any] = [None] * num_samplers
+        self._met: dict[int, int] = {}
+        """Which actor was last asked for an image."""
         self._deadly: dict[int, SlideError] = {}
         """Images that end their samplers: met again, they are not tried again."""
         self._patience = Patience(after_s=hedge_after_s if num_samplers > 1 else 0.0)
@@ -102,7 +105,7 @@ class RayExecutor:
         """Items that were asked of a second actor."""
 
     def submit(self, visit: Visit, weights: AttentionWeights) -> _Remote:
-        """Send the visit to the actor that reads its view, or to the one that owes the fewest items."""
+        """Send the visit to the actor that reads its view, has it, or owes the fewest items."""
         if weights.key not in self._published:
             # only the newest few versions can still be asked for
             while len(self._published) >= VERSIONS_KEPT:
@@ -117,13 +120,9 @@ class RayExecutor:
     def read_ahead(self, visits: Sequence[Visit]) -> None:
         """Have the views of visits read whose weights are not there yet."""
         by_actor: dict[int, list[tuple[int, str]]] = {}
-        late = {call.number for call in self._late}
         for visit in (one for one in visits if one.image not in self._deadly):
-            ahead = list(self._ahead.values())
-            number = min(
-                range(len(self._actors)), key=lambda n: (n in late, len(self._open[n]) + ahead.count(n))
-            )
-            self._ahead[visit] = number
+            number = self._choose(visit.image, ahead=Counter(self._ahead.values()))
+            self._ahead[visit] = self._met[visit.image] = number
             while len(self._ahead) > MAX_AHEAD:
                 self._ahead.popitem(last=False)
             by_actor.setdefault(number, []).append((visit.image, self._slides[visit.image]))
@@ -139,14 +138,29 @@ class RayExecutor:
         """
         self._actors, self._late, self._abandoned = [], [], []
 
-    def _choose(self, *, but: Sequence[_Call] = (), rather: int | None = None) -> int:
-        """An actor that was not asked yet, one without late answers if there is any."""
+    def _choose(
+        self,
+        image: int,
+        *,
+        but: Sequence[_Call] = (),
+        rather: int | None = None,
+        ahead: Mapping[int, int] | None = None,
+    ) -> int:
+        """An actor that was not asked yet, one without late answers if there is any.
+
+        ``ahead`` says what each reads for calls to come.
+        """
         self._take_late()
-        late, asked = {call.number for call in self._late}, {call.number for call in but}
+        late, met = {call.number for call in self._late}, self._met.get(image)
+        asked = {call.number for call in but}
         if rather is not None and rather not in late | asked:
             return rather
-        free = [number for number in range(len(self._actors)) if number not in asked]
-        return min(free, key=lambda n: (n in late, len(self._open[n])))
+
+        def cost(number: int) -> tuple[bool, int, bool]:
+            owed = len(self._open[number]) + (ahead or {}).get(number, 0)
+            return number in late, owed - (number == met), number != met
+
+        return min((number for number in range(len(self._actors)) if number not in asked), key=cost)
 
     def _send(
         self,
@@ -167,6 +181,7 @@ class RayExecutor:
         reference = answer.remote(pickle.dumps(order), *([] if near else [(published.reference(),)]))
         call = _Call(number, reference, place)
         self._open[number].add(call)
+        self._met[visit.image] = number
         return call
 
     def _take_late(self) -> None:
@@ -224,7 +239,7 @@ class RayExecutor:
         import ray
 
         slide = self._slides[visit.image]
-        number = self._choose()
+        number = self._choose(visit.image)
         for _ in range(TRIES_ALONE):
             self._wait_until_idle(number, slide)
             # it may have been started again elsewhere
@@ -301,7 +316,7 @@ class _Remote:
 
     def ask(self, rather: int | None = None) -> None:
         """Ask one more actor, the one that is named unless it is late."""
-        number = self._executor._choose(but=self._calls, rather=rather)
+        number = self._executor._choose(self._visit.image, but=self._calls, rather=rather)
         self._calls.append(self._executor._send(self._visit, self._published, number=number))
 
     def __del__(self) -> None:

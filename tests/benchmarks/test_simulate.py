@@ -112,7 +112,7 @@ def test_the_same_seed_is_the_same_run_and_lag_and_window_never_hurt() -> None:
     times = Times(sampler_cpu_s=list(rng.random(50)), step_s=list(rng.random(50)))
     base = Cluster(samplers_per_rank=2, num_steps=40)
     assert simulate(times, base) == simulate(times, base)
-    rows = sweep(times, ranks=[2], lags=[0, 1, 2], windows=[4, 16], base=base)
+    rows = sweep(times, times, ranks=[2], lags=[0, 1, 2], windows=[4, 16], base=base)
     assert [(row["lag"], row["window"]) for row in rows] == [(0, 16), (1, 16), (2, 16), (2, 4)]
     by_lag = [row["efficiency"] for row in rows[:3]]
     assert all(more >= less - 1e-9 for less, more in itertools.pairwise(by_lag))

@@ -234,6 +234,38 @@ def test_closing_ends_the_actors_without_a_word(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
+def test_an_image_stays_with_the_sampler_that_has_it_unless_that_is_behind(
+    archive: Archive, ray_local: ModuleType
+) -> None:
+    executor = ray_executor(archive, 3)
+    pending: list[Any] = []
+
+    def asked(image: int) -> int:
+        pending.append(executor.submit(visit(image), weights(0)))
+        return int(pending[-1]._calls[0].number)
+
+    def come() -> None:
+        for remote in pending:
+            remote.result()
+        pending.clear()
+
+    try:
+        assert [asked(image) for image in (0, 1, 2)] == [0, 1, 2]
+        come()
+        assert [asked(image) for image in (2, 1, 0)] == [2, 1, 0]
+        come()
+        # one item more than others owe is made up for by what is at hand, two are not
+        assert [asked(image) for image in (2, 2, 2)] == [2, 2, 0]
+        assert [asked(image) for image in (2, 3)] == [0, 1]
+        come()
+        executor.read_ahead([visit(1)])
+        assert asked(1) == 1
+        come()
+    finally:
+        executor.close()
+
+
 def test_executors_are_made_by_name(archive: Archive) -> None:
     serial = make_executor("serial", *table(archive), MODEL, SAMPLER)
     assert isinstance(serial, SerialExecutor)
