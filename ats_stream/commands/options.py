@@ -28,11 +28,14 @@ def add_column_options(parser: argparse.ArgumentParser) -> None:
     for column in COLUMNS + OPTIONAL_COLUMNS:
         note = ", if there" if column in OPTIONAL_COLUMNS else ""
         group.add_argument(
-            f"--{column}-column",
+            f"--{column.replace('_', '-')}-column",
             default=argparse.SUPPRESS,
             metavar="NAME",
-            help=f"column that holds the {column}{note} ({column})",
+            help=f"column that holds the {_COLUMN_MEANING.get(column, column)}{note} ({column})",
         )
+
+
+_COLUMN_MEANING = {"pixel_size_um": "pixel size of level 0 in micrometres, where the slide's is not right"}
 
 
 def archive_from(

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     looked_at = _spread(rows.rows, arguments.look_at)
     per_rank = config.trainer.batch_size // cluster.num_ranks
     found = probe(
-        [row.slide for row in looked_at],
+        looked_at,
         config,
         images_per_rank=per_rank,
         on_cpu=not cluster.use_gpu and arguments.rank_s is None,

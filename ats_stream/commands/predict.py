@@ -77,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pixel-size",
         type=float,
         metavar="UM",
-        help="pixel size of the images at level 0 in micrometres, in place of what they say; a model that "
-        "was trained at a known size reads the level nearest to that, and refuses images without one",
+        help="pixel size of the images at level 0 in micrometres, in place of what they say, but for those "
+        "that the table gives one; a model that was trained at a known size reads the level nearest to that, "
+        "and refuses images without one",
     )
     parser.add_argument(
         "--pictures", type=int, metavar="N", help="draw pictures of the first N images only (default: all)"

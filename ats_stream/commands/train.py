@@ -3,10 +3,10 @@
   ats-stream train archive.csv --out runs/first --prior tissue --patch-px 96 --patches 16
 
 ARCHIVE is a CSV table with the columns slide (path of a pyramid, or of a slide with levels of its own,
-which is read in place), label, and split: train, val, and others, such as test, that are left alone. From
-each image the model reads a level of low resolution whole (--view-downsample 32: the one about 1/32 as
-wide) and --patches patches of full resolution, drawn from its own attention. A small image needs a finer
-view, such as --view-downsample 8.
+which is read in place), label, and split: train, val, and others, such as test, that are left alone; columns
+that it may have besides stand under "the table" below. From each image the model reads a level of low
+resolution whole (--view-downsample 32: the one about 1/32 as wide) and --patches patches of full resolution,
+drawn from its own attention. A small image needs a finer view, such as --view-downsample 8.
 
 The run folder receives config.yaml, metrics.jsonl, ledger.jsonl (every visit to an image), checkpoints/ and
 tensorboard/. The same command again takes an interrupted run up at its last checkpoint. SIGTERM saves the run
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
-    from ats_stream.io import Archive, Level, Pyramid, StorageOptions
+    from ats_stream.io import Archive, ArchiveRow, Level, Pyramid, StorageOptions
     from ats_stream.workers import ClusterConfig, RunConfig, TrainerConfig
     from ats_stream.workers.metrics import Record
     from ats_stream.workers.progress import Progress
@@ -82,8 +82,8 @@ class AskedRun:
     """A run as the arguments ask for it."""
 
     archive: Archive
-    first: Pyramid
-    """The first image that is trained on."""
+    view: Level
+    """The low-resolution view of the first image that is trained on."""
     config: RunConfig
     cluster: ClusterConfig
     storage_options: StorageOptions
@@ -96,6 +96,7 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
     from ats_stream.models import ModelConfig
     from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig
     from ats_stream.workers.pixel_size import level_0_um
+    from ats_stream.workers.sampler import read_levels
     from ats_stream.workers.tasks import TASKS
 
     classes = apply_config_file(arguments)
@@ -107,11 +108,12 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
     storage_options = storage_options_from(arguments)
     archive = _folded(archive_from(arguments, arguments.archive), arguments, trainer)
     outputs = classes or TASKS[trainer.task].outputs(archive)
-    first = _first(archive.split(trainer.train_split), trainer, storage_options)
+    row, first = _first(archive.split(trainer.train_split), trainer, storage_options)
     full = first.levels[0]
     if not hasattr(arguments, "pixel_size_um"):
+        size_um = sampler.of_image(row.pixel_size_um).assumed_pixel_um or level_0_um(first) or 0.0
         # six digits: sizes of one scanner differ behind them
-        sampler = replace(sampler, pixel_size_um=float(f"{level_0_um(first) or 0.0:.6g}"))
+        sampler = replace(sampler, pixel_size_um=float(f"{size_um:.6g}"))
     model = config_from(
         arguments,
         ModelConfig,
@@ -120,8 +122,9 @@ def read_run(arguments: argparse.Namespace) -> AskedRun:
         max_value=_max_value(full.dtype),
     )
     config = RunConfig(model=model, sampler=sampler, trainer=trainer, classes=outputs)
+    _, view = read_levels(first, sampler.of_image(row.pixel_size_um))
     return AskedRun(
-        archive=archive, first=first, config=config, cluster=cluster, storage_options=storage_options
+        archive=archive, view=view, config=config, cluster=cluster, storage_options=storage_options
     )
 
 
@@ -131,15 +134,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from ats_stream.workers import train
     from ats_stream.workers.checkpoint import latest_checkpoint
     from ats_stream.workers.preemption import StopRequest
-    from ats_stream.workers.sampler import read_levels
     from ats_stream.workers.tasks import TASKS
 
     stop = StopRequest()
     check_out(Path(arguments.out), empty=False)
     asked = read_run(arguments)
-    archive, config, first = asked.archive, asked.config, asked.first
-    trainer, sampler = config.trainer, config.sampler
-    print(describe(archive, config, read_levels(first, sampler)[1]), flush=True)
+    archive, config = asked.archive, asked.config
+    trainer = config.trainer
+    print(describe(archive, config, asked.view), flush=True)
     before = latest_checkpoint(Path(arguments.out))
     if before is not None:
         print(f"going on from {before}", flush=True)
@@ -173,14 +175,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _first(rows: Archive, trainer: TrainerConfig, storage_options: StorageOptions) -> Pyramid:
+def _first(
+    rows: Archive, trainer: TrainerConfig, storage_options: StorageOptions
+) -> tuple[ArchiveRow, Pyramid]:
     """The first image, or, where bad ones are left out, the first that can be opened."""
     from ats_stream.errors import SlideError
     from ats_stream.workers.quarantine import FAIL
 
     for row in rows:
         try:
-            return storage_options.open(row.slide)
+            return row, storage_options.open(row.slide)
         except SlideError:
             if trainer.on_bad_image == FAIL:
                 raise

@@ -16,9 +16,12 @@ from ats_stream.io.storage.remote import has_login
 
 COLUMNS = ("slide", "label", "split")
 HEADER_LINE = 1
-# columns that a table may have: what must stay together, how much a slide counts, time until the event
-OPTIONAL_COLUMNS = ("group", "weight", "time")
+# columns that a table may have: what must stay together, how much a slide counts, time until the event, and
+# the pixel size of slides that state none or a wrong one
+OPTIONAL_COLUMNS = ("group", "weight", "time", "pixel_size_um")
+MAY_BE_EMPTY = frozenset({"pixel_size_um"})
 LABEL_SEPARATOR = ";"
+SMALLEST_POSITIVE = math.ulp(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class ArchiveRow:
     """How much the slide counts, positive."""
     time: float | None = None
     """Time until the event or the end of observation, not negative; None when the table does not say."""
+    pixel_size_um: float | None = None
+    """Pixel size of level 0 in micrometres, positive, in place of what the slide says; None for that."""
 
     @property
     def name(self) -> str:
@@ -93,11 +98,11 @@ def read_archive(
     """Read a table, CSV with a header or Parquet, with the columns slide, label and split.
 
     Columns that it may have: ``group`` (a patient, say: must not span splits), ``weight`` (how much a slide
-    counts) and ``time`` (until the event, for survival). ``columns`` maps these names to those of the file,
-    such as ``{"label": "diagnosis"}``; other columns are ignored. Rows keep their order. ``classes``, if
-    given, are all labels allowed, in the order of their numbers; by default the labels of the table, sorted.
-    Raises ArchiveError with file, line and reason; for a slide that does not exist only with
-    ``check_slides``.
+    counts), ``time`` (until the event, for survival) and ``pixel_size_um`` (of level 0, in place of what the
+    slide says; the only one that may be empty). ``columns`` maps these names to those of the file, such as
+    ``{"label": "diagnosis"}``; other columns are ignored. Rows keep their order. ``classes``, if given, are
+    all labels allowed, in the order of their numbers; by default the labels of the table, sorted. Raises
+    ArchiveError with file, line and reason; for a slide that does not exist only with ``check_slides``.
     """
     table = Path(path)
     names = _column_names(columns or {})
@@ -204,9 +209,10 @@ def _row(table: Path, line: int, values: Mapping[str | None, object], names: Map
     found = {}
     for name, column in names.items():
         value = values[column]
-        if not isinstance(value, str) or not value.strip():
+        if isinstance(value, str) and value.strip():
+            found[name] = value.strip()
+        elif name not in MAY_BE_EMPTY:
             raise ArchiveError(f"{table}:{line}: column {column!r} is empty")
-        found[name] = value.strip()
     slide = found["slide"]
     if has_login(slide):  # it would be written with every result
         raise ArchiveError(
@@ -220,12 +226,18 @@ def _row(table: Path, line: int, values: Mapping[str | None, object], names: Map
         split=found["split"],
         line=line,
         group=found.get("group", ""),
-        weight=_number(table, line, "weight", found.get("weight", "1"), smallest=math.ulp(0.0)),
-        time=_number(table, line, "time", found["time"], smallest=0.0) if "time" in found else None,
+        weight=number_of(table, line, "weight", found.get("weight", "1")),
+        time=number_of(table, line, "time", found["time"], smallest=0.0) if "time" in found else None,
+        pixel_size_um=number_of(table, line, "pixel_size_um", found["pixel_size_um"])
+        if "pixel_size_um" in found
+        else None,
     )
 
 
-def _number(table: Path, line: int, name: str, text: str, *, smallest: float) -> float:
+def number_of(
+    table: str | os.PathLike[str], line: int, name: str, text: str, *, smallest: float = SMALLEST_POSITIVE
+) -> float:
+    """What a cell of a table says, finite and not below ``smallest``; ArchiveError, with the line, if not."""
     try:
         value = float(text)
     except ValueError:

@@ -32,7 +32,7 @@ PATCHES_FOLDER = "patches"
 EMBEDDINGS_FOLDER = "embeddings"
 _MEANING = {
     "model": "another model",
-    "images": "other images or labels",
+    "images": "other images, labels or pixel sizes",
     "num_images": "another number of images",
 }
 

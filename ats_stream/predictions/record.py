@@ -117,7 +117,7 @@ class PredictionInfo:
     model: str
     """Hash of the model's weights and configuration."""
     images: str
-    """Hash of the slides, in order, with their labels."""
+    """Hash of the slides, in order, with their labels and the pixel sizes that the table gives."""
     num_images: int
     task: str
     outputs: tuple[str, ...]
@@ -128,7 +128,8 @@ class PredictionInfo:
     num_patches: int
     """Patches of a draw."""
     pixel_size_um: float | None = None
-    """Pixel size that all slides were taken to have; None for their own."""
+    """Pixel size that all slides were taken to have, but for those that the table gives one; None for their
+    own."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

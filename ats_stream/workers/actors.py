@@ -36,8 +36,8 @@ READS_AHEAD = 4
 class SamplerActor:
     """A :class:`PatchSampler` behind remote calls, of which several may wait for storage at a time.
 
-    Slide and label come with each call: a table in the object store would have to outlive every restart.
-    What a call needs comes pickled, as bytes, which Ray passes on as they are.
+    Slide, label and pixel size come with each call: a table in the object store would have to outlive every
+    restart. What a call needs comes pickled, as bytes, which Ray passes on as they are.
     """
 
     def __init__(self, model: ModelConfig, config: SamplerConfig, storage_options: StorageOptions) -> None:
@@ -49,7 +49,16 @@ class SamplerActor:
         device = torch.device("cuda" if has_gpu and not self._blind else "cpu")
         self._slides: dict[int, str] = {}
         self._labels: dict[int, int] = {}
-        self._sampler = PatchSampler(self._slides, self._labels, model, config, storage_options, device)
+        self._pixel_sizes: dict[int, float | None] = {}
+        self._sampler = PatchSampler(
+            self._slides,
+            self._labels,
+            model,
+            config,
+            storage_options,
+            device,
+            pixel_sizes=self._pixel_sizes,
+        )
         self._neighbour = Neighbour(context.get_node_id())
         self._lock = threading.Lock()
         self._versions: OrderedDict[str, AttentionWeights] = OrderedDict()
@@ -63,10 +72,11 @@ class SamplerActor:
         as it is, with calls that may have come too far for that. ClusterError if this actor has a GPU that
         torch cannot use.
         """
-        visit, slide, label, key, kept, place = unpickled(order)
+        visit, slide, label, pixel_size_um, key, kept, place = unpickled(order)
         if self._blind:
             raise ClusterError("a sampler was given a share of a GPU, and torch sees none there")
         self._slides[visit.image], self._labels[visit.image] = slide, label
+        self._pixel_sizes[visit.image] = pixel_size_um
         version = self._version(key, kept, weights)
         if version is None:
             return None
@@ -83,9 +93,9 @@ class SamplerActor:
         return self._sampler.sample(visit, weights, view)
 
     def read_ahead(self, orders: bytes) -> None:
-        """Begin to read the views of some images (number, slide), for calls that will come."""
-        for image, slide in unpickled(orders):
-            self._slides[image] = slide
+        """Begin to read the views of some images (number, slide, pixel size), for calls that will come."""
+        for image, slide, pixel_size_um in unpickled(orders):
+            self._slides[image], self._pixel_sizes[image] = slide, pixel_size_um
             with self._lock:
                 if image not in self._ahead:
                     self._ahead[image] = self._readers.submit(self._sampler.read_view, image)

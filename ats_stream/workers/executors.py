@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ats_stream.errors import InputError
 from ats_stream.workers.hedging import DEFAULT_HEDGE_AFTER_S
+from ats_stream.workers.pixel_size import NO_SIZES
 from ats_stream.workers.ray_executor import RayExecutor
 from ats_stream.workers.sampler import PatchSampler
 
@@ -78,14 +79,16 @@ def make_executor(
     hedge_after_s: float = DEFAULT_HEDGE_AFTER_S,
     near: bool = False,
     storage_options: StorageOptions | Mapping[str, Any] | None = None,
+    pixel_sizes: Mapping[int, float | None] = NO_SIZES,
 ) -> Executor:
     """An executor by name: ``serial`` computes in this process, ``ray`` in ``num_samplers`` actors.
 
-    What only :class:`RayExecutor` takes is for it alone. ``storage_options`` are for the URLs among the
-    slides.
+    What only :class:`RayExecutor` takes is for it alone; the rest is as for :class:`PatchSampler`.
     """
     if kind == "serial":
-        return SerialExecutor(PatchSampler(slides, labels, model, config, storage_options))
+        return SerialExecutor(
+            PatchSampler(slides, labels, model, config, storage_options, pixel_sizes=pixel_sizes)
+        )
     if kind == "ray":
         return RayExecutor(
             slides,
@@ -98,5 +101,6 @@ def make_executor(
             hedge_after_s=hedge_after_s,
             near=near,
             storage_options=storage_options,
+            pixel_sizes=pixel_sizes,
         )
     raise InputError(f"executor must be serial or ray, got {kind!r}")

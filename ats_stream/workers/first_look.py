@@ -26,7 +26,7 @@ def look_at(job: TrainJob) -> None:
     for row in rows:
         try:
             pyramid = job.storage_options.open(job.slides[row])
-            check_image(pyramid, job.config.sampler, num_channels=job.config.model.num_channels)
+            check_image(pyramid, job.sampler_of(row), num_channels=job.config.model.num_channels)
         except SlideError:
             if job.config.trainer.on_bad_image == FAIL:
                 raise

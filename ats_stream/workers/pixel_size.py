@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ats_stream.errors import SlideError
 
 if TYPE_CHECKING:
-    from ats_stream.io import Level, Pyramid
+    from collections.abc import Mapping, Sequence
+
+    from ats_stream.io import ArchiveRow, Level, Pyramid
 
 TOLERANCE = 1.25
 """Pixels larger or smaller by this factor still count as of the same size: scanners of one magnification
 differ by less, the next magnification by 2."""
+
+NO_SIZES: Mapping[int, float | None] = MappingProxyType({})
+"""What a table without pixel sizes gives, by row."""
 
 
 def full_level(pyramid: Pyramid, wanted_um: float, assumed_um: float) -> Level:
@@ -29,7 +35,8 @@ def full_level(pyramid: Pyramid, wanted_um: float, assumed_um: float) -> Level:
         raise SlideError(
             pyramid.slide,
             f"its pixel size is unknown, and the model reads {wanted_um:g} um per pixel "
-            "(--pixel-size of predict says it, --read-pixel-size 0 of train takes any)",
+            "(the column pixel_size_um of a table and --pixel-size of predict say it, "
+            "--read-pixel-size 0 of train takes any)",
         )
     sizes = [size_um * _mean(level.downsample[-2:]) for level in pyramid.levels]
     nearest = min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i] / wanted_um)))
@@ -40,6 +47,12 @@ def full_level(pyramid: Pyramid, wanted_um: float, assumed_um: float) -> Level:
             f"no level near {wanted_um:g} um per pixel, which the model reads; its levels have {there}",
         )
     return pyramid.levels[nearest]
+
+
+def given_sizes(rows: Sequence[ArchiveRow]) -> dict[int, float]:
+    """Pixel sizes in micrometres that a table gives, by row, of the rows that it gives one for."""
+    sizes = {number: row.pixel_size_um for number, row in enumerate(rows)}
+    return {number: size for number, size in sizes.items() if size is not None}
 
 
 def level_0_um(pyramid: Pyramid) -> float | None:

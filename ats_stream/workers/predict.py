@@ -25,6 +25,7 @@ from ats_stream.workers.batch import collate, log_prior_of, tensor_of
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
 from ats_stream.workers.config import ClusterConfig, RunConfig
 from ats_stream.workers.executors import make_executor
+from ats_stream.workers.pixel_size import given_sizes
 from ats_stream.workers.plan import Visit
 from ats_stream.workers.protocol import AttentionWeights
 from ats_stream.workers.sampler import read_levels
@@ -188,7 +189,8 @@ class Predictor:
     def with_pixel_size(self, um: float) -> Predictor:
         """The same model; ``um`` is the pixel size of all images at level 0, 0 for what they say themselves.
 
-        It decides at which level a model reads that was trained at a known pixel size.
+        What a row of a table gives for its image comes before it. It decides at which level a model reads
+        that was trained at a known pixel size.
         """
         sampler = replace(self.config.sampler, assumed_pixel_um=um)
         return replace(self, config=replace(self.config, sampler=sampler))
@@ -205,7 +207,18 @@ class Predictor:
     ) -> PredictionInfo:
         """All that decides what :meth:`predict_each` of these rows gives; InputError as there."""
         scheme = self._sampler(scheme, draws).scheme
-        images = [[shown(r.slide), r.label, r.split, r.group, r.time] for r in rows]
+        images = [
+            # rows without a size keep the hash that they had before there were such
+            [
+                shown(r.slide),
+                r.label,
+                r.split,
+                r.group,
+                r.time,
+                *([] if r.pixel_size_um is None else [r.pixel_size_um]),
+            ]
+            for r in rows
+        ]
         return PredictionInfo(
             model=self.key,
             images=hashlib.sha256(json.dumps(images).encode()).hexdigest(),
@@ -258,6 +271,7 @@ class Predictor:
             gpus_per_sampler=cluster.gpus_per_sampler,
             hedge_after_s=cluster.hedge_after_s,
             storage_options=options,
+            pixel_sizes=given_sizes(rows),
         )
         wanted = range(len(rows)) if only is None else sorted(only)
         try:
@@ -293,7 +307,7 @@ class Predictor:
     ) -> Predicted:
         first = items[0]
         pyramid = options.open(row.slide)
-        full, sampler = pyramid.levels[0], self.config.sampler
+        full, sampler = pyramid.levels[0], self.config.sampler.of_image(row.pixel_size_um)
         assumed_um, (read, _) = sampler.assumed_pixel_um, read_levels(pyramid, sampler)
         offsets_ND = np.concatenate([item.offsets_ND[: item.num_drawn] for item in items])
         # closed before anything is yielded: the mode belongs to the thread, so to whoever receives that

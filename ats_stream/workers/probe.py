@@ -13,6 +13,7 @@ from ats_stream.errors import SlideError
 from ats_stream.io import StorageOptions
 from ats_stream.models import PatchClassifier
 from ats_stream.workers.batch import collate
+from ats_stream.workers.pixel_size import given_sizes
 from ats_stream.workers.plan import Visit
 from ats_stream.workers.protocol import AttentionWeights
 from ats_stream.workers.sampler import PatchSampler, read_levels, read_prior
@@ -21,9 +22,10 @@ from ats_stream.workers.sizing import ImageFacts, expected_chunks, touched_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ats_stream.io import Pyramid
+    from ats_stream.io import ArchiveRow, Pyramid
     from ats_stream.workers.config import RunConfig
     from ats_stream.workers.protocol import Item
+    from ats_stream.workers.sampler import SamplerConfig
 
 VISITS = 3
 """Times that each image is sampled: the first opens it and reads its view, the others are timed."""
@@ -45,7 +47,7 @@ class Probe:
 
 
 def probe(
-    slides: Sequence[str],
+    rows: Sequence[ArchiveRow],
     config: RunConfig,
     *,
     images_per_rank: int,
@@ -59,19 +61,27 @@ def probe(
     model = PatchClassifier(config.model)
     arrays = {name: t.detach().numpy() for name, t in model.attention.state_dict().items()}
     storage = StorageOptions.of(storage_options)
-    sampler = PatchSampler(list(slides), [0] * len(slides), config.model, config.sampler, storage)
+    sampler = PatchSampler(
+        [row.slide for row in rows],
+        [0] * len(rows),
+        config.model,
+        config.sampler,
+        storage,
+        pixel_sizes=given_sizes(rows),
+    )
     weights = AttentionWeights.of(arrays)
     facts, items, seconds, reading_s = [], [], [], []
-    for image, slide in enumerate(slides):
+    for image, row in enumerate(rows):
         visits = [
             Visit(image=image, step=0, stream_id=(epoch << 32) + image, version=0, share=1.0)
             for epoch in range(VISITS)
         ]
         found = [sampler.sample(visit, weights) for visit in visits]
-        facts.append(_facts(storage.open(slide), config, found))
+        own = config.sampler.of_image(row.pixel_size_um)
+        facts.append(_facts(storage.open(row.slide), own, found))
         items.append(found[-1])
         seconds.append(median(item.seconds for item in found[1:]))
-        reading_s.append(_reading_s(storage.open(slide), found[1:]))
+        reading_s.append(_reading_s(storage.open(row.slide), own, found[1:]))
     batch = [items[number % len(items)] for number in range(images_per_rank)]
     return Probe(
         images=tuple(facts),
@@ -82,16 +92,16 @@ def probe(
     )
 
 
-def _facts(pyramid: Pyramid, config: RunConfig, items: Sequence[Item]) -> ImageFacts:
-    full, level = read_levels(pyramid, config.sampler)
+def _facts(pyramid: Pyramid, sampler: SamplerConfig, items: Sequence[Item]) -> ImageFacts:
+    full, level = read_levels(pyramid, sampler)
     pyramid.read(level)
     view_stored = pyramid.read_stats(level).stored_bytes
-    prior, label = None, config.sampler.prior_label
+    prior, label = None, sampler.prior_label
     if label is not None:
         prior = read_prior(pyramid, label, level.shape[1:], cache_bytes=0)
         view_stored += pyramid.label(label).read_stats(0).stored_bytes
     channels, *chunk_shape = full.chunk_shape
-    counts_K = touched_counts(full.shape[1:], chunk_shape, level.shape[1:], config.sampler.patch_px, prior)
+    counts_K = touched_counts(full.shape[1:], chunk_shape, level.shape[1:], sampler.patch_px, prior)
     num_drawable = int(prior.sum()) if prior is not None else level.shape[1] * level.shape[2]
     decoded = sum(item.decoded_bytes for item in items)
     if not decoded:
@@ -104,8 +114,8 @@ def _facts(pyramid: Pyramid, config: RunConfig, items: Sequence[Item]) -> ImageF
         num_chunks=expected_chunks(
             counts_K,
             num_drawable,
-            config.sampler.num_patches,
-            replace=config.sampler.scheme == "with_replacement",
+            sampler.num_patches,
+            replace=sampler.scheme == "with_replacement",
         ),
         chunk_bytes=whole_pixels * chunk_shape[0] * chunk_shape[1] * full.dtype.itemsize,
         stored_share=sum(item.stored_bytes for item in items) / decoded,
@@ -113,11 +123,12 @@ def _facts(pyramid: Pyramid, config: RunConfig, items: Sequence[Item]) -> ImageF
     )
 
 
-def _reading_s(pyramid: Pyramid, items: Sequence[Item]) -> float:
+def _reading_s(pyramid: Pyramid, sampler: SamplerConfig, items: Sequence[Item]) -> float:
+    full, _ = read_levels(pyramid, sampler)
     times = []
     for item in items:
         start_s = time.perf_counter()
-        pyramid.read_patches(0, item.offsets_ND, item.crops_NCPP.shape[2:])
+        pyramid.read_patches(full, item.offsets_ND, item.crops_NCPP.shape[2:])
         times.append(time.perf_counter() - start_s)
     return median(times)
 

@@ -11,6 +11,7 @@ from ats_stream.io import StorageOptions
 from ats_stream.io.storage.remote import shown
 from ats_stream.workers.handover import Place, Shelf
 from ats_stream.workers.hedging import DEFAULT_HEDGE_AFTER_S, Patience
+from ats_stream.workers.pixel_size import NO_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class RayExecutor:
     ``hedge_after_s`` (0: never), is asked of another actor as well and the first answer taken; actors that
     owe such a late answer are the last to be asked. With ``near`` actors are put on this process's node while
     it has room; their answers come through memory that they share with it. ``actor`` is another class of
-    actors with the calls of SamplerActor.
+    actors with the calls of SamplerActor. ``pixel_sizes`` are as for PatchSampler.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RayExecutor:
         items_at_once: int = ITEMS_AT_ONCE,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
         actor: Any = None,
+        pixel_sizes: Mapping[int, float | None] = NO_SIZES,
     ) -> None:
         import ray
 
@@ -80,7 +82,7 @@ class RayExecutor:
             enable_task_events=False,
             scheduling_strategy=_near_this_process() if near else None,
         )
-        self._slides, self._labels = slides, labels
+        self._slides, self._labels, self._pixel_sizes = slides, labels, pixel_sizes
         secrets = StorageOptions.of(storage_options)
         self._actors = [options.remote(model, config, secrets) for _ in range(num_samplers)]
         crops = config.num_patches * model.num_channels * config.patch_px**2 * WIDEST_PIXEL_BYTES
@@ -119,13 +121,14 @@ class RayExecutor:
 
     def read_ahead(self, visits: Sequence[Visit]) -> None:
         """Have the views of visits read whose weights are not there yet."""
-        by_actor: dict[int, list[tuple[int, str]]] = {}
+        by_actor: dict[int, list[tuple[int, str, float | None]]] = {}
         for visit in (one for one in visits if one.image not in self._deadly):
             number = self._choose(visit.image, ahead=Counter(self._ahead.values()))
             self._ahead[visit] = self._met[visit.image] = number
             while len(self._ahead) > MAX_AHEAD:
                 self._ahead.popitem(last=False)
-            by_actor.setdefault(number, []).append((visit.image, self._slides[visit.image]))
+            image = (visit.image, self._slides[visit.image], self._pixel_sizes.get(visit.image))
+            by_actor.setdefault(number, []).append(image)
         for number, images in by_actor.items():
             # not repeated: what is lost here is read when it is sampled
             call = self._actors[number].read_ahead.options(max_task_retries=0)
@@ -173,7 +176,8 @@ class RayExecutor:
         """Ask an actor."""
         place = None if self._shelf is None else self._shelf.lend()
         slide, label = self._slides[visit.image], self._labels[visit.image]
-        order = (visit, slide, label, published.weights.key, published.kept, place)
+        pixel_size_um = self._pixel_sizes.get(visit.image)
+        order = (visit, slide, label, pixel_size_um, published.weights.key, published.kept, place)
         answer = self._actors[number].answer
         if retries is not None:
             answer = answer.options(max_task_retries=retries)

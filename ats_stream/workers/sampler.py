@@ -24,7 +24,7 @@ from ats_stream.io.storage.remote import shown
 from ats_stream.models import AttentionNet, ModelConfig
 from ats_stream.sampling import SCHEMES, draw, log_attention, patch_offsets
 from ats_stream.workers.batch import log_prior_of, tensor_of
-from ats_stream.workers.pixel_size import full_level
+from ats_stream.workers.pixel_size import NO_SIZES, full_level
 from ats_stream.workers.protocol import Array, AttentionWeights, Item
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class SamplerConfig:
     """Pixel size of what counts as full resolution: patches and view are read at the level nearest to it, and
     an image without such a level is refused. 0: level 0 of every image, whatever its size."""
     assumed_pixel_um: float = 0.0
-    """Pixel size that every image is taken to have at level 0; 0: what it says."""
+    """Pixel size that images are taken to have at level 0, but for those that the table gives one; 0: what
+    they say."""
     seed: int = 0
     """Seed of all draws."""
     cache_bytes: int = VIEW_CACHE_BYTES
@@ -79,6 +80,10 @@ class SamplerConfig:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must not be negative, got {self.cache_bytes}")
+
+    def of_image(self, pixel_size_um: float | None) -> SamplerConfig:
+        """What holds for an image of this pixel size at level 0, as a table gives it; None if it does not."""
+        return self if pixel_size_um is None else replace(self, assumed_pixel_um=pixel_size_um)
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ class _Look:
 class PatchSampler:
     """Turn visits into items; safe between threads, of which one draws at a time.
 
-    ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into.
-    ``storage_options`` are for the URLs among the slides; the attention network and the draw run on
-    ``device``, whose rounding is its own: items are the same on devices of one kind.
+    ``slides`` and ``labels`` are the rows of the archive table that ``Visit.image`` points into, and
+    ``pixel_sizes`` the micrometres per pixel of level 0 that it gives for some of them, in place of what
+    they say. ``storage_options`` are for the URLs among the slides; the attention network and the draw run
+    on ``device``, whose rounding is its own: items are the same on devices of one kind.
     """
 
     def __init__(
@@ -115,9 +121,12 @@ class PatchSampler:
         config: SamplerConfig,
         storage_options: StorageOptions | Mapping[str, Any] | None = None,
         device: torch.device | None = None,
+        *,
+        pixel_sizes: Mapping[int, float | None] = NO_SIZES,
     ) -> None:
         self.slides = slides
         self.labels = labels
+        self.pixel_sizes = pixel_sizes
         self.config = config
         self.device = device or torch.device("cpu")
         self.attention = AttentionNet(model).requires_grad_(False).to(self.device)
@@ -135,7 +144,10 @@ class PatchSampler:
 
     def read_view(self, image: int) -> View:
         """The low-resolution side of an image, which no weights are needed for; SlideError as in sample."""
-        return self._view(self._open(self.slides[image]), self.config)
+        return self._view(self._open(self.slides[image]), self._config_of(image))
+
+    def _config_of(self, image: int) -> SamplerConfig:
+        return self.config.of_image(self.pixel_sizes.get(image))
 
     def _view(self, pyramid: Pyramid, config: SamplerConfig) -> View:
         level, prior = check_image(pyramid, config, num_channels=self.num_channels)
@@ -148,7 +160,7 @@ class PatchSampler:
         naming the slide, if it cannot be read or has no drawable position.
         """
         start_s = time.perf_counter()
-        config, slide = self.config, self.slides[visit.image]
+        config, slide = self._config_of(visit.image), self.slides[visit.image]
         look = self._look_once(visit, weights) if visit.num_draws else self._look(visit, weights, view)
         pyramid, view = look.pyramid, look.view
         map_shape = view.pixels_CYX.shape[1:]
@@ -189,12 +201,13 @@ class PatchSampler:
         )
 
     def _look(self, visit: Visit, weights: AttentionWeights, view: View | None) -> _Look:
+        config = self._config_of(visit.image)
         if visit.num_draws:
             pyramid = self._open_anew(self.slides[visit.image])
-            view = self._view(pyramid, replace(self.config, cache_bytes=0))
+            view = self._view(pyramid, replace(config, cache_bytes=0))
         else:
             pyramid = self._open(self.slides[visit.image])
-            view = view or self._view(pyramid, self.config)
+            view = view or self._view(pyramid, config)
         with self._computing(pyramid):
             self._load(weights)
             logits_1M = self.attention(tensor_of(view.pixels_CYX)[None].to(self.device)).flatten(1)

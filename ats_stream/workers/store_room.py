@@ -47,7 +47,7 @@ def first_item_bytes(job: TrainJob) -> int | None:
     for row in job.train_rows[:NUM_LOOKED_AT]:
         try:
             pyramid = job.storage_options.open(job.slides[row])
-            channels, *space = read_levels(pyramid, sampler)[1].shape
+            channels, *space = read_levels(pyramid, job.sampler_of(row))[1].shape
         except SlideError:
             if job.config.trainer.on_bad_image == FAIL:
                 raise

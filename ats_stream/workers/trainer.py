@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ats_stream.workers.progress import Progress
     from ats_stream.workers.protocol import Item
     from ats_stream.workers.ranks import Ranks
+    from ats_stream.workers.sampler import SamplerConfig
     from ats_stream.workers.stream import Substitute
 
 
@@ -67,6 +68,8 @@ class TrainJob:
     """What the loss of each row counts; None for 1."""
     visit_weights: list[float] | None = None
     """How often each of ``train_rows`` is visited, in proportion; None for once an epoch."""
+    pixel_sizes: dict[int, float] = field(default_factory=dict)
+    """Micrometres per pixel at level 0 of the rows that the table gives it for."""
 
     storage_options: StorageOptions = field(default_factory=StorageOptions)
     """For the URLs among the slides; no part of the configuration, which is written down."""
@@ -97,12 +100,18 @@ class TrainJob:
         """Loss weights of all rows (R,), float32."""
         return torch.tensor(self.loss_weights or [1.0] * len(self.slides)).float()
 
+    def sampler_of(self, row: int) -> SamplerConfig:
+        """What a row of the table is sampled by."""
+        return self.config.sampler.of_image(self.pixel_sizes.get(row))
+
     @property
     def archive_key(self) -> str:
-        """Hash of the slides' names, labels and splits: what decides who is visited, not where it lies."""
+        """Hash of the slides' names, labels, splits and given pixel sizes: what is visited, not where."""
         names = [Path(slide).name for slide in self.slides]
         facts: list[Any] = [names, self.labels, self.train_rows, self.val_rows]
-        more = [self.targets, self.loss_weights, self.visit_weights]
+        more: list[Any] = [self.targets, self.loss_weights, self.visit_weights]
+        if self.pixel_sizes:  # tables without any keep the key that they had before there were such
+            more.append(sorted(self.pixel_sizes.items()))
         return sha256_of(json.dumps(facts + more).encode())
 
 
@@ -115,7 +124,8 @@ def check_resumable(state: Mapping[str, Any], job: TrainJob) -> None:
     check_same(before, now, job.run_dir)
     if state["archive"] != job.archive_key:
         raise CheckpointError(
-            f"{job.run_dir}: slides, labels or splits of the table have changed; use another run folder"
+            f"{job.run_dir}: slides, labels, splits or pixel sizes of the table have changed; "
+            "use another run folder"
         )
 
 
@@ -153,6 +163,7 @@ def train_rank(
         hedge_after_s=job.cluster.hedge_after_s,
         near=not job.cluster.spread_samplers,
         storage_options=job.storage_options,
+        pixel_sizes=job.pixel_sizes,
     )
     try:
         trainer = RankTrainer(job, ranks, executor)

@@ -17,6 +17,7 @@ from ats_stream.workers.config import CONFIG_FILE, ClusterConfig, RunConfig, che
 from ats_stream.workers.first_look import look_at
 from ats_stream.workers.loggers import Loggers, make_loggers
 from ats_stream.workers.metrics import SKIPPED, Record, keep_metrics, read_metrics
+from ats_stream.workers.pixel_size import given_sizes
 from ats_stream.workers.preemption import StopRequest
 from ats_stream.workers.quarantine import BadImage
 from ats_stream.workers.ranks import Alone
@@ -150,6 +151,7 @@ def _job(
         targets=targets,
         loss_weights=[by_class.get(label, 1.0) for label in labels] if trainer.class_weights else None,
         visit_weights=visit_weights[trainer.visits],
+        pixel_sizes=given_sizes(archive.rows),
         storage_options=storage_options,
     )
 

@@ -163,14 +163,36 @@ def test_a_group_in_two_splits_is_refused(table):
         read_archive(table(WITH_MORE.replace("p2", "p1")))
 
 
+def test_pixel_sizes_are_read_where_they_are_given(table, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = ["slide,label,split,pixel_size_um", "a.zarr,x,train,0.25", "b.zarr,y,train,", "c.zarr,x,val, "]
+    path = table("\n".join([*lines, "d.zarr,x,val"]), ("a.zarr", "b.zarr", "c.zarr", "d.zarr"))
+    archive = read_archive(path)
+    assert [r.pixel_size_um for r in archive] == [0.25, None, None, None]
+    columns = {"slide": [r.slide for r in archive], "label": [*"xyxx"], "split": ["train"] * 2 + ["val"] * 2}
+    sizes = {"um": pyarrow.array([0.25, None, None, None], pyarrow.float64())}
+    pyarrow.parquet.write_table(pyarrow.table(columns | sizes), tmp_path / "table.parquet")
+    assert read_archive(tmp_path / "table.parquet", columns={"pixel_size_um": "um"}).rows == archive.rows
+    assert {r.pixel_size_um for r in read_archive(table(GOOD))} == {None}
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("weight", "0"), ("weight", "nan"), ("time", "-1"), ("time", "soon"), ("weight", "inf")],
+    [
+        *(("weight", value) for value in ("0", "nan", "inf")),
+        *(("time", value) for value in ("-1", "soon")),
+        *(("pixel_size_um", value) for value in ("0", "-0.25", "nan", "inf", "1e-999", "0.25 um", "none")),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(table, column, value):
     text = f"slide,label,split,{column}\na.zarr,1,train,{value}\n"
-    with pytest.raises(ArchiveError, match=rf"table\.csv:2: {column} must be a number that is .*{value}"):
+    with pytest.raises(
+        ArchiveError, match=rf"table\.csv:2: {column} must be a number that is .*'{value}'"
+    ) as no:
         read_archive(table(text))
+    assert "\n" not in str(no.value)
 
 
 def test_parquet_reads_as_csv_does(table, tmp_path):

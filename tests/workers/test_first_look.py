@@ -57,6 +57,26 @@ def test_images_of_another_pixel_size_are_refused_or_left_out(tmp_path: Path) ->
     assert {one.image for one in result.skipped} == {1, 3}
 
 
+def test_a_size_of_the_table_comes_before_that_of_the_image(tmp_path: Path) -> None:
+    archive = sized_archive(tmp_path, [0.25, None, 0.26, 0.5])
+    config = with_sampler(**NOISE, pixel_size_um=0.25)
+
+    def given(**sizes: float) -> Archive:
+        rows = [
+            dataclasses.replace(row, pixel_size_um=sizes.get(f"of_{number}"))
+            for number, row in enumerate(archive.rows)
+        ]
+        return dataclasses.replace(archive, rows=tuple(rows))
+
+    with pytest.raises(SlideError, match=r"0\.ome\.zarr: no level near 0\.25 .* its levels have 0\.5"):
+        train(given(of_0=0.5, of_1=0.25, of_3=0.25), tmp_path / "run", config)
+    with pytest.raises(SlideError, match=r"3\.ome\.zarr: no level near 0\.25"):
+        train(given(of_1=0.25), tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+    result = train(given(of_1=0.25, of_3=0.25), tmp_path / "run", config)
+    assert result.metrics[-1]["epoch"] == 1
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

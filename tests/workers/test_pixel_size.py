@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import MODEL, attention
+from tiny import MODEL, assert_same_item, attention, visit, weights
 
 from ats_stream.cli import main
 from ats_stream.errors import SlideError
 from ats_stream.io import ArchiveRow, ConvertConfig, open_pyramid, write_pyramid
 from ats_stream.models import PatchClassifier
-from ats_stream.workers import RunConfig, SamplerConfig, TrainerConfig
+from ats_stream.workers import PatchSampler, RunConfig, SamplerConfig, TrainerConfig
+from ats_stream.workers.executors import SerialExecutor
 from ats_stream.workers.pixel_size import full_level, level_0_um
 from ats_stream.workers.predict import Predicted, Predictor, Unreadable
+from ats_stream.workers.probe import probe
+from ats_stream.workers.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
 SIDE = 1024
 SAMPLER = SamplerConfig(num_patches=5, patch_px=32, view_downsample=8, seed=1, pixel_size_um=0.5)
@@ -98,6 +102,80 @@ def test_a_size_that_is_given_is_taken(slides: dict[str, Path]) -> None:
     assert (of.info(rows).pixel_size_um, predictor().info(rows).pixel_size_um) == (0.25, None)
 
 
+def rows_of(slides: dict[str, Path], sizes: dict[str, float | None]) -> list[ArchiveRow]:
+    return [
+        ArchiveRow(slide=str(slides[name]), label="", split="", line=0, pixel_size_um=size)
+        for name, size in sizes.items()
+    ]
+
+
+GIVEN = {"fine": None, "unknown": 0.25, "odd": 0.25, "half": None, "coarse": 0.25}
+
+
+@pytest.mark.parametrize("assumed_um", [0.0, 0.26, 7.0])
+def test_a_size_of_the_table_is_that_of_its_image_alone(slides: dict[str, Path], assumed_um: float) -> None:
+    """Before what the image says, and before what is said of all images."""
+    of = predictor().with_pixel_size(assumed_um)
+    found = dict(zip(GIVEN, of.predict_each(rows_of(slides, GIVEN)), strict=True))
+    # draws are keyed by the number of the row: each is held against the image at its number
+    alike = dict.fromkeys(GIVEN, 0.25)
+    fine = predictor().predict_each(rows_of(dict.fromkeys(GIVEN, slides["fine"]), alike))
+    for name, like in zip(GIVEN, fine, strict=True):
+        one = found[name]
+        if GIVEN[name] is not None:
+            assert isinstance(one, Predicted)
+            assert isinstance(like, Predicted)
+            for field in ("probability_K", "attention_YX", "offsets_ND", "crops_NCPP", "view_downsample"):
+                np.testing.assert_array_equal(getattr(one, field), getattr(like, field))
+            assert (one.pixel_size_um, one.patch_px) == ((0.25, 0.25), 64)
+            assert one.record().pixel_size_um == 0.25
+        elif assumed_um == 7.0:
+            assert isinstance(one, Unreadable)
+        else:
+            assert isinstance(one, Predicted)
+            own_um = 0.25 if name == "fine" else 0.5
+            assert one.pixel_size_um == pytest.approx((assumed_um or own_um,) * 2)
+
+
+def test_predictions_with_other_sizes_of_the_table_are_others(slides: dict[str, Path]) -> None:
+    given = [{"odd": None}, {"odd": 0.25}, {"odd": 0.35}]
+    assert len({predictor().info(rows_of(slides, sizes)).images for sizes in given}) == 3
+
+
+@pytest.mark.slow
+def test_actors_read_at_the_sizes_of_the_table_as_one_process_does(
+    slides: dict[str, Path], ray_local: ModuleType
+) -> None:
+    # the first can be read at its own word as well, at another level: a size that does not travel shows
+    given = GIVEN | {"fine": 0.5}
+    paths, sizes = [str(slides[name]) for name in given], dict(enumerate(given.values()))
+    table = (paths, [0] * len(paths), MODEL, SAMPLER)
+    serial = SerialExecutor(PatchSampler(*table, pixel_sizes=sizes))
+    actors = RayExecutor(*table, num_samplers=1, cpus_per_sampler=0.1, pixel_sizes=sizes)
+    drawn_by, visits = weights(), [visit(image) for image in range(len(paths))]
+    try:
+        actors.read_ahead(visits[::2])  # of these the view is there before the call that draws
+        ray_local.get(actors._last_ahead)
+        ray_local.get([actor.come_to_rest.remote() for actor in actors._actors])
+        items = [actors.submit(one, drawn_by).result() for one in visits]
+    finally:
+        actors.close()
+    assert items[0].view_CYX.shape == (3, 128, 128)
+    fine = PatchSampler([paths[0]] * len(paths), *table[1:])
+    for one, mine in zip(visits, items, strict=True):
+        assert_same_item(mine, serial.submit(one, drawn_by).result())
+        if sizes[one.image] == 0.25:
+            np.testing.assert_array_equal(mine.crops_NCPP, fine.sample(one, drawn_by).crops_NCPP)
+
+
+def test_a_plan_looks_at_images_at_their_sizes(slides: dict[str, Path]) -> None:
+    (fine,) = probe(
+        rows_of(slides, {"fine": None}), predictor().config, images_per_rank=1, on_cpu=False
+    ).images
+    (odd,) = probe(rows_of(slides, {"odd": 0.25}), predictor().config, images_per_rank=1, on_cpu=False).images
+    assert odd.view_shape == fine.view_shape == (3, 64, 64)
+
+
 def test_a_model_of_unknown_size_reads_level_0_of_any(slides: dict[str, Path]) -> None:
     of = predictor(dataclasses.replace(SAMPLER, pixel_size_um=0.0))
     for name in ("fine", "unknown", "odd", "coarse"):
@@ -158,3 +236,27 @@ def test_training_reads_at_the_size_of_its_first_image(
         assert train(out, "--read-pixel-size", str(size)) == 0
         sampler = yaml.safe_load((tmp_path / out / "config.yaml").read_bytes())["sampler"]
         assert (sampler["pixel_size_um"], sampler["assumed_pixel_um"]) == (size, 0.0)
+
+
+def test_training_takes_the_size_of_its_first_image_from_the_table(
+    slides: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    sizes = {"--patches": 4, "--patch-px": 32, "--view-downsample": 8, "--epochs": 1, "--batch-size": 3}
+    words = [str(word) for pair in sizes.items() for word in pair]
+
+    def train(first: str, third: str) -> int:
+        rows = [("odd", "a", first), ("half", "b", ""), ("unknown", "a", third)]
+        lines = [f"{slides[name]},{label},train,{size}\n" for name, label, size in rows]
+        table.write_text("slide,label,split,um\n" + "".join(lines))
+        options = ["--out", str(tmp_path / "run"), "--pixel-size-um-column", "um"]
+        return main(["train", str(table), *options, *words])
+
+    assert train("0.5", "") == 2
+    assert "unknown.ome.zarr: its pixel size is unknown, and the model reads 0.5" in capsys.readouterr().err
+    assert train("0.5", "0.25") == 0
+    assert "view 128 x 128 px at 1/8" in capsys.readouterr().out
+    sampler = yaml.safe_load((tmp_path / "run" / "config.yaml").read_bytes())["sampler"]
+    assert (sampler["pixel_size_um"], sampler["assumed_pixel_um"]) == (0.5, 0.0)
+    assert train("0.5", "0.5") == 2  # the same run, were it not for the third image
+    assert "splits or pixel sizes of the table have changed" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, SAMPLER, make_sampler, run_config, table, visit, weights
+from tiny import MODEL, SAMPLER, make_sampler, run_config, visit, weights
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,8 +97,7 @@ def test_more_patches_than_positions_read_all_that_is_drawable() -> None:
 
 
 def test_what_is_read_and_sent_is_what_a_run_reads_and_sends(archive: Archive) -> None:
-    slides, _ = table(archive)
-    train = [slide for slide, row in zip(slides, archive, strict=True) if row.split == "train"]
+    train = [row for row in archive if row.split == "train"]
     config = dataclasses.replace(run_config(), model=dataclasses.replace(MODEL, attention="uniform"))
     found = probe(train, config, images_per_rank=2, on_cpu=False)
     sampler = make_sampler(archive, config.model)

@@ -268,10 +268,23 @@ def test_a_run_is_not_taken_up_on_another_archive(archive: Archive, tmp_path: Pa
     make_trainer(job).resume()
     values: Any = getattr(job, changed)
     other = dataclasses.replace(job, **{changed: type(values)(reversed(values))})
-    with pytest.raises(CheckpointError, match="slides, labels or splits of the table have changed"):
+    with pytest.raises(
+        CheckpointError, match="slides, labels, splits or pixel sizes of the table have changed"
+    ):
         make_trainer(other).resume()
     moved = dataclasses.replace(job, slides=[f"/elsewhere/{Path(slide).name}" for slide in job.slides])
     assert moved.archive_key == job.archive_key
+
+
+def test_a_run_is_not_taken_up_with_other_pixel_sizes(archive: Archive, tmp_path: Path) -> None:
+    job = dataclasses.replace(make_job(archive, tmp_path, run_config()), pixel_sizes={0: 0.25, 2: 0.5})
+    trainer = make_trainer(job)
+    trainer.step()
+    trainer.checkpoint()
+    make_trainer(dataclasses.replace(job, pixel_sizes={2: 0.5, 0: 0.25})).resume()
+    for changed in ({}, {0: 0.25}, {0: 0.25, 2: 1.0}, {0: 0.25, 3: 0.5}):
+        with pytest.raises(CheckpointError, match="splits or pixel sizes of the table have changed"):
+            make_trainer(dataclasses.replace(job, pixel_sizes=changed)).resume()
 
 
 # --- learning

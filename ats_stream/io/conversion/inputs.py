@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ats_stream.errors import ArchiveError, InputError, StorageError
+from ats_stream.io.archive import number_of
 from ats_stream.io.conversion.manifest import SUFFIX as MANIFEST_SUFFIX
 from ats_stream.io.formats.video import SUFFIXES as VIDEO_SUFFIXES
 
@@ -160,14 +160,7 @@ def pixel_sizes(table: str | os.PathLike[str], slides: Sequence[str]) -> dict[st
         for name in {slide, os.path.normpath(slide), str(path.resolve()), path.name, path.stem}:
             by_name.setdefault(name, []).append(slide)
     for number, row in enumerate(_rows(text, ("slide", "pixel_size_um")), start=2):
-        try:
-            size = float(row["pixel_size_um"])
-        except ValueError:
-            size = math.nan
-        if not 0 < size < math.inf:
-            raise ArchiveError(
-                f"{text}:{number}: pixel_size_um must be a positive number, got {row['pixel_size_um']!r}"
-            )
+        size = number_of(text, number, "pixel_size_um", row["pixel_size_um"])
         named = row["slide"]
         keys = (named, os.path.normpath(named), str((Path(text).parent / named).resolve()))
         for slide in next((by_name[key] for key in keys if key in by_name), []):

@@ -192,7 +192,7 @@ def test_pixel_sizes_of_a_table(slides, tmp_path):
     sizes = pixel_sizes(table, names)
     assert sizes == {names[0]: 0.25, names[1]: 0.5, names[2]: 1.0}
     for wrong, says in (
-        ("0,x\n", "must be a positive number, got 'x'"),
+        ("0,x\n", r"sizes\.csv:2: pixel_size_um must be a number that is positive, got 'x'"),
         ("0,1\n0.tif,2\n", "two pixel sizes"),
     ):
         table.write_text(f"slide,pixel_size_um\n{wrong}")
