@@ -106,7 +106,9 @@ def test_a_run_folder_of_another_configuration_is_refused_naming_the_field(
 
 def test_a_run_folder_of_another_archive_is_refused(archive: Archive, copy: Path) -> None:
     fewer = dataclasses.replace(archive, rows=archive.rows[1:])
-    with pytest.raises(CheckpointError, match="slides, labels, splits or pixel sizes of the table have changed"):
+    with pytest.raises(
+        CheckpointError, match="slides, labels, splits or pixel sizes of the table have changed"
+    ):
         train(fewer, copy, CONFIG)
 
 
