@@ -85,6 +85,7 @@ def test_without_a_command_the_help_goes_to_standard_error(capsys: pytest.Captur
         (["--nonsense"], "the following arguments are required: COMMAND"),
         (["verify"], "the following arguments are required: TARGET"),
         (["info", "a", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["plan", "a", "--pixel-size", "1"], "unrecognized arguments: --pixel-size 1"),
         (["preprocess", "a.svs"], "the following arguments are required: --out"),
         (["preprocess", "a", "--out", "b", "--profile", "lzw"], "--profile: invalid choice: 'lzw'"),
         (["preprocess", "a", "--out", "b", "--skip-existing", "--overwrite"], "not allowed with argument"),

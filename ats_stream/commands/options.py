@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ats_stream.workers import ClusterConfig
 
 Config = TypeVar("Config")
+# where a column's name does not say it
+_COLUMN_MEANING = {"pixel_size_um": "pixel size of level 0 in micrometres, where the slide's is not right"}
 
 
 def add_column_options(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +35,6 @@ def add_column_options(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"column that holds the {_COLUMN_MEANING.get(column, column)}{note} ({column})",
         )
-
-
-_COLUMN_MEANING = {"pixel_size_um": "pixel size of level 0 in micrometres, where the slide's is not right"}
 
 
 def archive_from(

@@ -81,7 +81,8 @@ def test_a_stream_of_two_thousand_items_leaves_nothing_behind(
     finally:
         executor.close()
     assert item_bytes > 5 * ALLOWED_BYTES  # what stayed of every item would be seen
-    check_flat(seen, "anonymous", "store")  # pages of the store that a process has seen are no memory of its own
+    # pages of the store that a process has seen are no memory of its own
+    check_flat(seen, "anonymous", "store")
 
 
 @pytest.mark.torture
