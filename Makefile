@@ -1,6 +1,6 @@
 # make setup   a virtual environment in .venv with everything a developer needs
 # make demo    the whole system on real data, on this machine   (DEMO_ARGS=...)
-# make test    the test suite, as continuous integration runs it: three processes, the files of tests in their order
+# make test    the test suite, as continuous integration runs it: two processes, the files of tests in their order
 # make torture long kill, fuzz and scale runs
 # make docs    the site of docs/, into build/site
 # make lint    ruff, format check, mypy
@@ -68,7 +68,7 @@ demo: setup
 	@$(BIN)/ats-stream demo $(DEMO_ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 torture: setup
 	@$(BIN)/python -m pytest -q -m torture

@@ -106,11 +106,11 @@ def ray_local() -> Iterator[ModuleType]:
     """Ray on this machine alone, 4 CPU slots, shared by the session; gives the module `ray`."""
     import ray
 
+    from ats_stream.workers.cluster import start_local_ray
+
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: socket paths hold at most 107 characters
-    ray.init(
-        address="local",  # never join a cluster that happens to run here
+    start_local_ray(  # never joins a cluster that happens to run here
         num_cpus=4,
-        include_dashboard=False,
         object_store_memory=150 << 20,  # 150 MiB
         log_to_driver=False,
         logging_level="ERROR",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 POLL_INTERVAL_S = 0.3
 CONNECT_TIMEOUT_S = 10.0
+START_TRIES = 3
 # where Ray Train keeps its own notes in the run folder; our checkpoints stand beside them
 RAY_TRAIN_NAME = "ray-train"
 
@@ -90,16 +91,33 @@ def _connect(config: ClusterConfig, cpus_needed: float) -> None:
             # one machine is not preempted under us, and the watcher for it is a process of 100 MB
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # CPUs are only bookkeeping here: small machines share their cores
-            ray.init(
-                address="local",
+            start_local_ray(
                 num_cpus=max(os.cpu_count() or 1, int(-(-cpus_needed // 1))),
-                include_dashboard=False,
                 object_store_memory=config.object_store_bytes,
                 **quiet,
             )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
         raise _unreachable(where, error) from error
+
+
+def start_local_ray(**settings: Any) -> None:
+    """``ray.init`` for a cluster of this machine alone; RuntimeError if it cannot be started.
+
+    Its daemon gives up when the agents that it starts are not there after 15 s
+    (https://github.com/ray-project/ray/issues/65983), as happens on a busy machine: then it is tried again.
+    """
+    import ray
+
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            ray.init(address="local", include_dashboard=False, **settings)
+            return
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # Ray has no class of its own for it
+            if not tries_left:
+                raise RuntimeError(f"it did not start: {_first_line(error)}") from error
 
 
 def _check_answers(address: str) -> None:

@@ -17,7 +17,7 @@ from tiny import SAMPLER, make_job, run_config, without_clock
 from ats_stream.errors import ClusterError, PreemptedError, SlideError
 from ats_stream.workers import ClusterConfig, train
 from ats_stream.workers.checkpoint import find_checkpoint, load_checkpoint
-from ats_stream.workers.cluster import ray_cluster
+from ats_stream.workers.cluster import START_TRIES, ray_cluster, start_local_ray
 from ats_stream.workers.ledger import check_ledger, read_ledger
 
 if TYPE_CHECKING:
@@ -183,6 +183,46 @@ def test_a_cluster_too_small_is_refused_before_anything_is_written(
     assert ray_local.is_initialized()  # a cluster that was there before stays
 
 
+class NotStartedError(Exception):
+    """As Ray raises it, which has no class for it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The current node timed out during startup.\nThis could happen because of many things."
+        )
+
+
+def test_a_ray_that_gives_up_while_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    told: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> None:
+        told.append(settings)
+        if len(told) < START_TRIES:
+            raise NotStartedError
+
+    monkeypatch.setattr(ray, "init", init)
+    start_local_ray(num_cpus=2)
+    assert told == [{"address": "local", "include_dashboard": False, "num_cpus": 2}] * START_TRIES
+
+
+def test_a_ray_that_never_starts_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**settings: Any) -> None:
+        raise NotStartedError
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    line = "cannot reach a local Ray cluster: it did not start: The current node timed out during startup"
+    with (
+        pytest.raises(ClusterError, match=rf"^{line}\.?$"),
+        ray_cluster(ClusterConfig(executor="ray"), cpus_needed=1),
+    ):
+        pass
+
+
 def start_command(archive: Archive, folder: Path, *options: str) -> subprocess.Popen[str]:
     """The command as a user starts it, with a Ray of its own."""
     return subprocess.Popen(
@@ -205,6 +245,8 @@ def signal_after_an_epoch(process: subprocess.Popen[str], number: int) -> str:
             if line.startswith("epoch"):
                 break
         children = psutil.Process(process.pid).children(recursive=True)
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
         assert any("TrainWorker" in " ".join(child.cmdline()) for child in children)
         process.send_signal(number)
         _, complaint = process.communicate(timeout=60)
@@ -215,6 +257,7 @@ def signal_after_an_epoch(process: subprocess.Popen[str], number: int) -> str:
         for child in children:
             if child.is_running():
                 child.kill()
+        process.communicate()
     return complaint
 
 
