@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 @functools.cache
-def compiled_module(name: str) -> Any:
+def compiled_module(name: str) -> ModuleType | None:
     """The module, imported at the first call; None where numba cannot be used.
 
     Every one has a plain way beside it that gives the same, so what keeps numba from working is no error.

@@ -5,7 +5,8 @@
 
 What is simulated is what ats_stream.workers does: each rank keeps up to ``window`` items on order, in the
 plan's order, as far as the versions of the attention that draw them exist; an item goes to the rank's sampler
-that owes the fewest, which has several under way: one computes, the others wait for storage. A step takes its
+that owes the fewest, which has several under way: one computes, the others wait for storage. Which of them
+has met an image before is left out: all images count as open. A step takes its
 items in order, computes, and ends when all ranks have, after the gradients went round; then the next version
 exists. Views of what else the window holds are read before. Times are drawn, seeded, from those that were
 measured, so two runs that differ in lag or window alone see the same times. ``simulate_check.py`` measures

@@ -165,5 +165,4 @@ def _gather_compiled(code: ModuleType, request: Request, out: torch.Tensor, chan
 
 
 def _numba_code() -> ModuleType | None:
-    code: ModuleType | None = compiled_module("ats_stream.kernels.gather_numba")
-    return code
+    return compiled_module("ats_stream.kernels.gather_numba")

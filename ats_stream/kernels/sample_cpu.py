@@ -171,5 +171,4 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _numba_code() -> ModuleType | None:
-    code: ModuleType | None = compiled_module("ats_stream.kernels.sample_numba")
-    return code
+    return compiled_module("ats_stream.kernels.sample_numba")

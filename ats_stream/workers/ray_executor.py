@@ -122,6 +122,7 @@ class RayExecutor:
     def read_ahead(self, visits: Sequence[Visit]) -> None:
         """Have the views of visits read whose weights are not there yet."""
         by_actor: dict[int, list[tuple[int, str, float | None]]] = {}
+        self._take_late()
         for visit in (one for one in visits if one.image not in self._deadly):
             number = self._choose(visit.image, ahead=Counter(self._ahead.values()))
             self._ahead[visit] = self._met[visit.image] = number
@@ -153,7 +154,6 @@ class RayExecutor:
 
         ``ahead`` says what each reads for calls to come.
         """
-        self._take_late()
         late, met = {call.number for call in self._late}, self._met.get(image)
         asked = {call.number for call in but}
         if rather is not None and rather not in late | asked:
@@ -243,6 +243,7 @@ class RayExecutor:
         import ray
 
         slide = self._slides[visit.image]
+        self._take_late()
         number = self._choose(visit.image)
         for _ in range(TRIES_ALONE):
             self._wait_until_idle(number, slide)
@@ -320,6 +321,7 @@ class _Remote:
 
     def ask(self, rather: int | None = None) -> None:
         """Ask one more actor, the one that is named unless it is late."""
+        self._executor._take_late()
         number = self._executor._choose(self._visit.image, but=self._calls, rather=rather)
         self._calls.append(self._executor._send(self._visit, self._published, number=number))
 
